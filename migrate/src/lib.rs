@@ -1,0 +1,3 @@
+//! Engine.
+pub mod blocker;
+pub mod image;
