@@ -1,3 +1,4 @@
 //! Engine.
 pub mod blocker;
 pub mod image;
+pub mod report;
