@@ -1,0 +1,211 @@
+//! Address spaces: mappings classified, and everything that cannot move named.
+
+use super::{files, objects::ObjectTable};
+use crate::{
+    blocker::Blocker,
+    image::{Backing, FileId, Object, ObjectKind, Vma, VmaFlags},
+    procfs::{self, maps::Mapping},
+};
+use std::{
+    collections::HashMap,
+    ffi::OsStr,
+    fs::{self, File, OpenOptions},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::{ffi::OsStrExt, ffi::OsStringExt, fs::MetadataExt, fs::OpenOptionsExt},
+    },
+    path::Path,
+};
+
+/// Files already identified, by device and inode, so that a library mapped by every process is looked at once.
+#[derive(Debug, Default)]
+pub struct FileCache(HashMap<(u64, u64, bool), FileId>);
+
+/// Classifies the mappings of a process. `skip` is the injector's own table.
+pub fn vmas(
+    pid: i32,
+    place: &str,
+    maps: &[Mapping],
+    skip: (u64, u64),
+    objects: &mut ObjectTable,
+    cache: &mut FileCache,
+    blockers: &mut Vec<Blocker>,
+) -> io::Result<Vec<Vma>> {
+    let mut out = Vec::with_capacity(maps.len());
+    for m in maps {
+        if (m.start, m.end) == skip || m.name == b"[vsyscall]" {
+            continue;
+        }
+        let place = || format!("{place} mapping {:x}-{:x} {}", m.start, m.end, String::from_utf8_lossy(&m.name));
+        if let Some(reason) = unsupported(m) {
+            blockers.push(Blocker::new(place(), reason, "end its use before migrating"));
+            continue;
+        }
+        match backing(pid, m, objects, cache) {
+            Ok(Some(backing)) => out.push(vma(m, backing)),
+            Ok(None) => {}
+            Err(Reason::Io(e)) => return Err(e),
+            Err(Reason::Blocked(reason, fix)) => blockers.push(Blocker::new(place(), reason, fix)),
+        }
+    }
+    Ok(out)
+}
+
+fn unsupported(m: &Mapping) -> Option<&'static str> {
+    let special = matches!(m.name.as_slice(), b"[vdso]" | b"[vvar]" | b"[vvar_vclock]");
+    Some(match () {
+        _ if special => return None,
+        _ if m.has(b"ht") => "huge pages of hugetlbfs cannot move yet",
+        _ if m.has(b"um") || m.has(b"uw") || m.has(b"ui") => "the program has a userfaultfd of its own registered here",
+        _ if m.has(b"ss") => "a shadow stack (CET) cannot move yet",
+        _ if m.has(b"sl") => "the mapping is sealed by mseal(2), which cannot be rebuilt yet",
+        _ if m.has(b"pf") || m.has(b"io") => "it maps a device's memory",
+        _ if m.has(b"mg") && m.has(b"ht") => "mergeable huge pages",
+        _ if m.name == b"[uprobes]" => "a uprobe is attached to the program",
+        _ if m.name.starts_with(b"/SYSV") => "System V shared memory cannot move yet",
+        _ if m.name.starts_with(b"anon_inode:") => "a kernel object is mapped",
+        _ if m.name.starts_with(b"socket:") => "a packet socket's ring is mapped",
+        _ => return None,
+    })
+}
+
+enum Reason {
+    Io(io::Error),
+    Blocked(String, String),
+}
+
+impl From<io::Error> for Reason {
+    fn from(e: io::Error) -> Self {
+        Reason::Io(e)
+    }
+}
+
+fn vma(m: &Mapping, backing: Backing) -> Vma {
+    let name = m
+        .name
+        .strip_prefix(b"[anon:")
+        .or_else(|| m.name.strip_prefix(b"[anon_shmem:"))
+        .and_then(|n| n.strip_suffix(b"]"))
+        .map(|n| String::from_utf8_lossy(n).into_owned());
+    Vma {
+        start: m.start,
+        end: m.end,
+        prot: m.prot,
+        shared: m.shared,
+        backing,
+        flags: VmaFlags {
+            grows_down: m.has(b"gd"),
+            no_reserve: m.has(b"nr"),
+            locked: m.has(b"lo"),
+            lock_on_fault: m.has(b"lf"),
+            dont_fork: m.has(b"dc"),
+            wipe_on_fork: m.has(b"wf"),
+            dont_dump: m.has(b"dd"),
+            sequential: m.has(b"sr"),
+            random: m.has(b"rr"),
+            mergeable: m.has(b"mg"),
+            huge: m.has(b"hg"),
+            no_huge: m.has(b"nh"),
+            stack: m.has(b"gd"),
+            droppable: m.has(b"dp"),
+        },
+        pkey: m.pkey,
+        name,
+    }
+}
+
+fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCache) -> Result<Option<Backing>, Reason> {
+    if m.name.starts_with(b"[v") {
+        return Ok(Some(Backing::Special(String::from_utf8_lossy(&m.name).into_owned())));
+    }
+    if m.ino == 0 && !m.name.starts_with(b"/") {
+        return Ok(Some(Backing::Anonymous));
+    }
+    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", m.start, m.end);
+    let writable = m.has(b"mw");
+    let gone = m.name.ends_with(b" (deleted)");
+    if m.name == b"/dev/zero" && !m.shared {
+        return Ok(Some(Backing::Anonymous));
+    }
+    if m.name == b"/dev/zero" || gone && (m.name == b"/dev/zero (deleted)" || m.name.starts_with(b"/memfd:")) {
+        let object = shared_object(&link, m, objects)?;
+        return Ok(Some(Backing::Object { object, offset: m.offset, writable }));
+    }
+    let meta = fs::metadata(&link).map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))?;
+    let path = fs::read_link(&link)?.into_os_string().into_vec();
+    if !meta.is_file() {
+        return Err(Reason::Blocked("it maps a device".into(), "close the device before migrating".into()));
+    }
+    if meta.nlink() == 0 {
+        let dir = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(&path))).parent().unwrap_or(Path::new("/")).to_owned();
+        let object = objects.get_or_insert(meta.dev(), meta.ino(), || {
+            let fd = open(&link, false)?;
+            Ok((
+                Object {
+                    kind: ObjectKind::Unlinked { dir: dir.into_os_string().into_vec() },
+                    size: meta.size(),
+                    owner: (meta.uid(), meta.gid(), meta.mode()),
+                    seals: 0,
+                },
+                fd,
+            ))
+        })?;
+        return Ok(Some(Backing::Object { object, offset: m.offset, writable }));
+    }
+    let exec = m.prot & 4 != 0;
+    let key = (meta.dev(), meta.ino(), exec);
+    let file = match cache.0.get(&key) {
+        Some(f) => f.clone(),
+        None => {
+            let here = procfs::path(pid, "root").join(OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(&path)));
+            match fs::metadata(&here) {
+                Ok(p) if (p.dev(), p.ino()) == (meta.dev(), meta.ino()) => {}
+                _ => {
+                    return Err(Reason::Blocked(
+                        "the file behind it was replaced or renamed since it was mapped".into(),
+                        "restart the program so that it maps the present file".into(),
+                    ));
+                }
+            }
+            let mut f = files::file_id(&path, &meta);
+            if exec {
+                f.build_id = files::build_id(Path::new(&link));
+            }
+            cache.0.insert(key, f.clone());
+            f
+        }
+    };
+    Ok(Some(Backing::File { file, offset: m.offset, writable }))
+}
+
+fn open(link: &str, write: bool) -> io::Result<OwnedFd> {
+    let mut o = OpenOptions::new();
+    o.read(true).write(write).custom_flags(libc::O_CLOEXEC);
+    o.open(link).map(Into::into).map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))
+}
+
+fn shared_object(link: &str, m: &Mapping, objects: &mut ObjectTable) -> Result<u32, Reason> {
+    let meta = fs::metadata(link).map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))?;
+    Ok(objects.get_or_insert(meta.dev(), meta.ino(), || {
+        let fd = open(link, false)?;
+        let (kind, seals) = match m.name.strip_prefix(b"/memfd:") {
+            Some(n) => {
+                let seals = nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_GET_SEALS).unwrap_or(0) as u32;
+                (ObjectKind::Memfd(n.strip_suffix(b" (deleted)").unwrap_or(n).to_vec()), seals)
+            }
+            None => (ObjectKind::SharedAnonymous, 0),
+        };
+        Ok((Object { kind, size: meta.size(), owner: (meta.uid(), meta.gid(), meta.mode()), seals }, fd))
+    })?)
+}
+
+/// Whether a shared anonymous mapping is an injector's table that a killed agent left behind.
+pub fn is_leaked_table(pid: i32, m: &Mapping) -> bool {
+    if m.name != b"/dev/zero (deleted)" || !m.shared {
+        return false;
+    }
+    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", m.start, m.end);
+    let mut head = [0u8; 16];
+    File::open(link).and_then(|f| std::os::unix::fs::FileExt::read_exact_at(&f, &mut head, 0)).is_ok() && head == *crate::inject::MAGIC
+}

@@ -1,0 +1,224 @@
+//! Which bytes of a frozen (or running) tree have to be sent, and reading them in bounded pieces.
+//!
+//! A *space* is what an address in a page run refers to: the address space with index n, or [`OBJECT_SPACE`] + n for object n.
+
+use crate::{
+    image::{Backing, Mm, PAGE, Tree},
+    sys::{
+        mem::Mem,
+        pagemap::{Pagemap, Range},
+    },
+};
+use bytes::{Bytes, BytesMut};
+use migrate_transport::Run;
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+};
+
+/// Spaces from here on are objects.
+pub const OBJECT_SPACE: u32 = 0x8000_0000;
+/// Pages in one frame: 1 MiB.
+pub const FRAME_PAGES: u64 = 256;
+
+/// Ranges of one space that hold content, ascending.
+#[derive(Debug, Clone, Default)]
+pub struct SpacePlan {
+    /// The space.
+    pub space: u32,
+    /// (start, end) in bytes, page aligned.
+    pub ranges: Vec<(u64, u64)>,
+}
+
+impl SpacePlan {
+    /// Bytes in all.
+    pub fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|(a, b)| b - a).sum()
+    }
+}
+
+/// Private pages of an address space that the destination cannot get from a file, and its guard regions.
+pub fn plan_mm(pid: i32, space: u32, mm: &Mm) -> io::Result<(SpacePlan, Vec<(u64, u64)>)> {
+    let pagemap = Pagemap::open(pid)?;
+    let mut found: Vec<Range> = Vec::new();
+    let mut plan = SpacePlan { space, ranges: Vec::new() };
+    let mut guards = Vec::new();
+    for v in &mm.vmas {
+        let private_over_file = match &v.backing {
+            Backing::Special(_) => continue,
+            Backing::Anonymous => false,
+            _ if v.shared => continue,
+            _ => true,
+        };
+        found.clear();
+        pagemap.populated(v.start, v.end, &mut found)?;
+        for r in &found {
+            if r.guard {
+                guards.push((r.start, r.end));
+            } else if !(private_over_file && r.file) {
+                match plan.ranges.last_mut() {
+                    // Runs may not cross a mapping border: the other side writes them mapping by mapping.
+                    Some(l) if l.1 == r.start && r.start != v.start => l.1 = r.end,
+                    _ => plan.ranges.push((r.start, r.end)),
+                }
+            }
+        }
+    }
+    Ok((plan, guards))
+}
+
+/// The parts of an object that hold data (lseek(2), SEEK_DATA).
+pub fn plan_object(space: u32, fd: &OwnedFd, size: u64) -> io::Result<SpacePlan> {
+    use nix::unistd::{Whence, lseek};
+    let mut plan = SpacePlan { space, ranges: Vec::new() };
+    let mut at = 0i64;
+    while (at as u64) < size {
+        let data = match lseek(fd.as_fd(), at, Whence::SeekData) {
+            Ok(d) => d,
+            Err(nix::Error::ENXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        let hole = lseek(fd.as_fd(), data, Whence::SeekHole)?;
+        let start = data as u64 & !(PAGE - 1);
+        plan.ranges.push((start, (hole as u64).next_multiple_of(PAGE)));
+        at = hole;
+    }
+    Ok(plan)
+}
+
+/// Everything of a frozen tree.
+pub fn plan_tree(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> io::Result<(Vec<SpacePlan>, Vec<Vec<(u64, u64)>>)> {
+    let mut plans = Vec::new();
+    let mut guards = Vec::new();
+    for (p, pid) in tree.processes.iter().zip(pids).filter(|(p, _)| p.zombie.is_none()) {
+        let (plan, g) = plan_mm(*pid, p.mm, &tree.mms[p.mm as usize])?;
+        plans.push(plan);
+        guards.push(g);
+    }
+    for (i, (o, fd)) in tree.objects.iter().zip(objects).enumerate() {
+        plans.push(plan_object(OBJECT_SPACE + i as u32, fd, o.size)?);
+    }
+    Ok((plans, guards))
+}
+
+/// Where the bytes of a space come from.
+#[derive(Debug)]
+pub enum Reader {
+    /// A process.
+    Process(Mem),
+    /// An object.
+    Object(File),
+}
+
+impl Reader {
+    fn read(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
+        match self {
+            Reader::Process(m) => m.read(at, buf),
+            // An object may end within its last page: the rest reads as zeros.
+            Reader::Object(f) => {
+                let mut got = 0;
+                while got < buf.len() {
+                    match f.read_at(&mut buf[got..], at + got as u64)? {
+                        0 => break,
+                        n => got += n,
+                    }
+                }
+                buf[got..].fill(0);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A frame's worth of pages, ready to send.
+#[derive(Debug)]
+pub struct Batch {
+    /// Runs in ascending order.
+    pub runs: Vec<Run>,
+    /// Content of the runs that are not zero.
+    pub data: Vec<Bytes>,
+    /// Pages with content.
+    pub pages: u64,
+    /// Zero pages.
+    pub zero: u64,
+}
+
+/// Reads a plan piece by piece, zero pages turned into runs, and hands each frame's worth to `sink`; stops when it says so.
+pub fn read_plan(plan: &SpacePlan, reader: &Reader, sink: &mut dyn FnMut(Batch) -> bool) -> io::Result<()> {
+    let mut batch = Builder::new(plan.space);
+    for &(start, end) in &plan.ranges {
+        let mut at = start;
+        while at < end {
+            let n = (end - at).min((FRAME_PAGES - batch.held) * PAGE);
+            batch.add(reader, at, n)?;
+            at += n;
+            if batch.held >= FRAME_PAGES || batch.runs.len() >= 1024 {
+                let b = std::mem::replace(&mut batch, Builder::new(plan.space)).finish()?;
+                if !sink(b) {
+                    return Ok(());
+                }
+            }
+        }
+    }
+    if batch.held > 0 {
+        sink(batch.finish()?);
+    }
+    Ok(())
+}
+
+/// Whether a page is all zeros.
+pub fn is_zero(page: &[u8]) -> bool {
+    // A look at the first words settles it for nearly every page with content.
+    page[..64].iter().all(|&b| b == 0) && page.as_chunks::<8>().0.iter().all(|c| u64::from_ne_bytes(*c) == 0)
+}
+
+struct Builder {
+    space: u32,
+    runs: Vec<(u64, u64, bool)>,
+    data: Vec<Bytes>,
+    held: u64,
+    zero: u64,
+}
+
+impl Builder {
+    fn new(space: u32) -> Self {
+        Builder { space, runs: Vec::new(), data: Vec::new(), held: 0, zero: 0 }
+    }
+
+    fn add(&mut self, reader: &Reader, at: u64, len: u64) -> io::Result<()> {
+        let mut buf = BytesMut::zeroed(len as usize);
+        reader.read(at, &mut buf)?;
+        let buf = buf.freeze();
+        let mut k = 0usize;
+        while k < buf.len() {
+            let zero = is_zero(&buf[k..k + PAGE as usize]);
+            let from = k;
+            while k < buf.len() && is_zero(&buf[k..k + PAGE as usize]) == zero {
+                k += PAGE as usize;
+            }
+            let pages = (k - from) as u64 / PAGE;
+            if zero {
+                self.zero += pages;
+            } else {
+                self.data.push(buf.slice(from..k));
+            }
+            self.runs.push((at + from as u64, pages, zero));
+        }
+        self.held += len / PAGE;
+        Ok(())
+    }
+
+    fn finish(self) -> io::Result<Batch> {
+        let runs = self
+            .runs
+            .iter()
+            .map(|&(start, pages, zero)| Run::new(self.space, start, pages as u32, zero))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(io::Error::other)?;
+        Ok(Batch { pages: self.held - self.zero, zero: self.zero, runs, data: self.data })
+    }
+}

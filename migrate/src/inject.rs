@@ -1,0 +1,367 @@
+//! System calls run inside a stopped process, many at a time, such that the death of the agent at any instant leaves the process healthy.
+//!
+//! See [`crate::arch::inject_stub`] for the code that runs there. One injector serves one process: the stub goes to the zero tail of its
+//! [vdso], the tables to a shared mapping that the agent reaches through /proc/PID/map_files. Each task has a slice of that mapping:
+//! records, room for results, and the return frame with a signal frame's room below it.
+
+use crate::{
+    arch::{self, inject_stub, pilot::RECORD, pilot::Record},
+    procfs::{maps, status},
+    sys::{mem::Mem, ptrace, region::Region},
+    tracer::{Proc, Task},
+};
+use std::{
+    fs::OpenOptions,
+    io,
+    time::{Duration, Instant},
+};
+
+/// Bytes of a task's slice; the leader has [`LEADER`].
+const SLICE: usize = 32 << 10;
+const LEADER: usize = 256 << 10;
+/// Offset of the results in a slice, and of the return frame.
+const OUT: usize = 8 << 10;
+const FRAME: usize = SLICE - 512;
+/// First bytes of a table, by which a leaked one is recognised.
+pub const MAGIC: &[u8; 16] = b"migrate-table-1\0";
+const HEAD: usize = 4096;
+
+/// Why an injection failed. The task's own registers are back in every case.
+#[derive(Debug, thiserror::Error)]
+pub enum InjectError {
+    /// A signal came in between: deliver it and try again.
+    #[error("signal {signal} arrived at task {tid}")]
+    Signal {
+        /// Task.
+        tid: i32,
+        /// Signal.
+        signal: i32,
+    },
+    /// The process cannot carry the stub.
+    #[error("process {pid}: {reason}")]
+    Unfit {
+        /// Process.
+        pid: i32,
+        /// Why.
+        reason: String,
+    },
+    /// A system call of ours failed.
+    #[error("process {pid}: {what}: {source}")]
+    Io {
+        /// Process.
+        pid: i32,
+        /// What was tried.
+        what: &'static str,
+        /// Reason.
+        source: io::Error,
+    },
+}
+
+/// Runs batches in one process.
+#[derive(Debug)]
+pub struct Injector {
+    pid: i32,
+    inner_tgid: i32,
+    tids: Vec<(i32, i32)>,
+    mem: Mem,
+    base: u64,
+    signal: i32,
+    region: Region,
+    len: u64,
+}
+
+/// Results of a task's batch.
+pub struct Results<'a> {
+    region: &'a Region,
+    slice: usize,
+    /// One per record.
+    pub ret: Vec<i64>,
+}
+
+impl Results<'_> {
+    /// Reads from the result area.
+    pub fn out(&self, offset: usize, buf: &mut [u8]) {
+        self.region.read(self.slice + OUT + offset, buf);
+    }
+    /// Reads a u64 from the result area.
+    pub fn u64(&self, offset: usize) -> u64 {
+        self.region.read_u64(self.slice + OUT + offset)
+    }
+}
+
+impl Injector {
+    /// Puts the stub and the table into a stopped process. `inner` gives the tasks' ids in the innermost pid namespace, leader first.
+    pub fn attach(p: &Proc, maps: &[maps::Mapping], inner: &[i32]) -> Result<Injector, InjectError> {
+        let pid = p.pid;
+        let io = |what| move |source| InjectError::Io { pid, what, source };
+        let vdso = maps.iter().find(|m| m.name == b"[vdso]").ok_or(InjectError::Unfit {
+            pid,
+            reason: "has no [vdso] mapping to run the stub in".into(),
+        })?;
+        let mem = Mem::open(pid).map_err(io("open /proc/PID/mem"))?;
+        let base = stub_base(&mem, vdso.start, vdso.end)
+            .map_err(io("read the vdso"))?
+            .ok_or(InjectError::Unfit {
+                pid,
+                reason: "its vdso has no room for the stub".into(),
+            })?;
+        let signal = pick_signal(p).map_err(io("read signal masks"))?.ok_or(InjectError::Unfit {
+            pid,
+            reason: "it blocks or handles every signal that is ignored by default (SIGURG, SIGWINCH, SIGCHLD)".into(),
+        })?;
+        let leader = &p.tasks[0];
+        let len = (HEAD + LEADER + SLICE * (p.tasks.len() - 1)) as u64;
+        let back = arch::restart_in_place(&leader.regs);
+        let stub = inject_stub::build(base, &back, 0, 0, signal);
+        mem.write(base, &stub.code).map_err(io("write the stub"))?;
+        let mut r = leader.regs;
+        r.rip = base + stub.boot;
+        r.rax = libc::SYS_mmap as u64;
+        r.rdi = 0;
+        r.rsi = len;
+        r.rdx = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        r.r10 = (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64;
+        r.r8 = u64::MAX;
+        r.r9 = 0;
+        r.r12 = inner[0] as u64;
+        r.r13 = inner[0] as u64;
+        r.orig_rax = u64::MAX;
+        start(leader, &r).map_err(io("start the stub"))?;
+        let stop = wait_for(leader.tid, signal);
+        let after = ptrace::regs(leader.tid);
+        ptrace::set_regs(leader.tid, &leader.regs).map_err(io("restore registers"))?;
+        stop.map_err(|e| e.into_inject(pid))?;
+        let table = after.map_err(io("read registers"))?.r14;
+        if (table as i64) < 0 && (table as i64) > -4096 {
+            return Err(io("map the shared table")(io::Error::from_raw_os_error(-(table as i64) as i32)));
+        }
+        let path = format!("/proc/{pid}/map_files/{table:x}-{:x}", table + len);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(io("open /proc/PID/map_files of the shared table"))?;
+        let region = Region::map(&file, len as usize, table).map_err(io("map the shared table here"))?;
+        region.write(0, MAGIC);
+        // From here on the way back also unmaps the table.
+        let stub = inject_stub::build(base, &back, table, len, signal);
+        mem.write(base, &stub.code).map_err(io("write the stub"))?;
+        let tids = p.tasks.iter().map(|t| t.tid).zip(inner.iter().copied()).collect();
+        Ok(Injector {
+            pid,
+            inner_tgid: inner[0],
+            tids,
+            mem,
+            base,
+            signal,
+            region,
+            len,
+        })
+    }
+
+    /// The shared table's range in the process.
+    pub fn table(&self) -> (u64, u64) {
+        (self.region.remote, self.region.remote + self.len)
+    }
+
+    fn slice(&self, task: usize) -> usize {
+        if task == 0 { HEAD } else { HEAD + LEADER + SLICE * (task - 1) }
+    }
+
+    /// Address in the process of a task's result area.
+    pub fn out_addr(&self, task: usize) -> u64 {
+        self.region.addr(self.slice(task) + OUT)
+    }
+
+    /// Runs one batch in each task at once. `batches[i]` belongs to task i and may be empty.
+    pub fn run(&self, tasks: &[Task], batches: &[Vec<Record>]) -> Result<Vec<Results<'_>>, InjectError> {
+        let io = |what| {
+            move |source| InjectError::Io {
+                pid: self.pid,
+                what,
+                source,
+            }
+        };
+        let many = tasks.len() > 1;
+        let mut started = Vec::new();
+        let mut failure = None;
+        for (i, batch) in batches.iter().enumerate().filter(|(_, b)| !b.is_empty()) {
+            let slice = self.slice(i);
+            if (batch.len() + 1) * RECORD > OUT {
+                return Err(InjectError::Unfit {
+                    pid: self.pid,
+                    reason: format!("a batch of {} calls does not fit", batch.len()),
+                });
+            }
+            let stop = Record::new(
+                libc::SYS_tgkill,
+                &[self.inner_tgid as u64, self.tids[i].1 as u64, self.signal as u64],
+            );
+            for (k, rec) in batch.iter().chain([&stop]).enumerate() {
+                self.region.write(slice + k * RECORD, &rec.to_bytes());
+            }
+            // A lone thread leaves through the immediates; several may not unmap the table under each other.
+            let frame = if many {
+                self.region
+                    .write(slice + FRAME, &inject_stub::iret_frame(&arch::restart_in_place(&tasks[i].regs)));
+                self.region.addr(slice + FRAME)
+            } else {
+                0
+            };
+            let mut r = tasks[i].regs;
+            r.rip = self.base;
+            r.r12 = self.region.addr(slice);
+            r.r13 = batch.len() as u64 + 1;
+            r.r15 = frame;
+            r.orig_rax = u64::MAX;
+            match start(&tasks[i], &r) {
+                Ok(()) => started.push(i),
+                Err(e) => {
+                    failure = Some(io("start the stub")(e));
+                    break;
+                }
+            }
+        }
+        for &i in &started {
+            if let Err(e) = wait_for(self.tids[i].0, self.signal) {
+                failure.get_or_insert(e.into_inject(self.pid));
+            }
+            ptrace::set_regs(self.tids[i].0, &tasks[i].regs).map_err(io("restore registers"))?;
+        }
+        if let Some(f) = failure {
+            return Err(f);
+        }
+        Ok(batches
+            .iter()
+            .enumerate()
+            .map(|(i, b)| {
+                let slice = self.slice(i);
+                let ret = (0..b.len()).map(|k| self.region.read_u64(slice + k * RECORD + 56) as i64).collect();
+                Results {
+                    region: &self.region,
+                    slice,
+                    ret,
+                }
+            })
+            .collect())
+    }
+
+    /// Leaves the leader with registers that unmap the table and then go on where it was; the caller thaws it.
+    ///
+    /// Until then the table stays mapped, which is harmless in a tree that is going to be killed.
+    pub fn leave(self, leader: &mut Task) -> Result<(), InjectError> {
+        let io = |what| {
+            move |source| InjectError::Io {
+                pid: self.pid,
+                what,
+                source,
+            }
+        };
+        let back = arch::restart_in_place(&leader.regs);
+        let stub = inject_stub::build(self.base, &back, self.region.remote, self.len, self.signal);
+        self.mem.write(self.base, &stub.code).map_err(io("write the stub"))?;
+        leader.regs.rip = self.base + stub.exit;
+        leader.regs.orig_rax = u64::MAX;
+        Ok(())
+    }
+}
+
+fn start(task: &Task, r: &crate::image::Regs) -> io::Result<()> {
+    ptrace::set_regs(task.tid, r)?;
+    ptrace::cont(task.tid, 0)
+}
+
+enum WaitError {
+    Signal(i32, i32),
+    Io(io::Error),
+}
+
+impl WaitError {
+    fn into_inject(self, pid: i32) -> InjectError {
+        match self {
+            WaitError::Signal(tid, signal) => InjectError::Signal { tid, signal },
+            WaitError::Io(source) => InjectError::Io {
+                pid,
+                what: "wait for the stub",
+                source,
+            },
+        }
+    }
+}
+
+/// Waits for the batch's own signal. Any other signal stop ends the batch; the stub's calls are queries and can be run again.
+fn wait_for(tid: i32, signal: i32) -> Result<(), WaitError> {
+    let end = Instant::now() + Duration::from_secs(5);
+    let mut spins = 0u32;
+    loop {
+        match ptrace::poll(tid).map_err(WaitError::Io)? {
+            Some(ptrace::Change::Stopped { signal: s, event: 0 }) if s == signal => return Ok(()),
+            Some(ptrace::Change::Stopped { signal: s, event: 0 }) => return Err(WaitError::Signal(tid, s)),
+            Some(ptrace::Change::Stopped { .. }) => ptrace::cont(tid, 0).map_err(WaitError::Io)?,
+            Some(ptrace::Change::Gone(status)) => {
+                return Err(WaitError::Io(io::Error::other(format!(
+                    "task {tid} ended with wait status {status:#x}"
+                ))));
+            }
+            None => {
+                spins += 1;
+                if spins > 2000 {
+                    std::thread::sleep(Duration::from_micros(20));
+                }
+                if Instant::now() > end {
+                    let _ = ptrace::interrupt(tid);
+                    return Err(WaitError::Io(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        format!("task {tid} does not come back"),
+                    )));
+                }
+            }
+        }
+    }
+}
+
+/// Where in the vdso the stub fits: the zeros behind its last byte of content.
+pub fn stub_base(mem: &Mem, start: u64, end: u64) -> io::Result<Option<u64>> {
+    let own = own_vdso_used()?;
+    let mut page = vec![0u8; (end - start) as usize];
+    mem.read(start, &mut page)?;
+    // A stub left from before stands in the tail: trust the length of our own vdso where the code before it is the same.
+    let used = match own {
+        Some((bytes, used)) if bytes.len() == page.len() && bytes[..used] == page[..used] => used,
+        _ => page.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1),
+    };
+    let at = (used + 63) & !63;
+    Ok((at + inject_stub::MAX <= page.len()).then_some(start + at as u64))
+}
+
+fn own_vdso_used() -> io::Result<Option<(Vec<u8>, usize)>> {
+    use std::sync::OnceLock;
+    static OWN: OnceLock<Option<(Vec<u8>, usize)>> = OnceLock::new();
+    if OWN.get().is_none() {
+        let pid = std::process::id() as i32;
+        let own = match maps::maps(pid)?.iter().find(|m| m.name == b"[vdso]") {
+            Some(m) => {
+                let mut b = vec![0u8; (m.end - m.start) as usize];
+                Mem::open(pid)?.read(m.start, &mut b)?;
+                let used = b.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1);
+                Some((b, used))
+            }
+            None => None,
+        };
+        let _ = OWN.set(own);
+    }
+    Ok(OWN.get().cloned().flatten())
+}
+
+/// A signal that is ignored by default and that no task blocks or handles.
+fn pick_signal(p: &Proc) -> io::Result<Option<i32>> {
+    let (mut blocked, mut caught) = (0, 0);
+    for t in &p.tasks {
+        let s = status::read_task(p.pid, t.tid)?;
+        blocked |= s.sig_blocked;
+        caught |= s.sig_caught;
+    }
+    Ok([libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
+        .into_iter()
+        .find(|s| (blocked | caught) >> (s - 1) & 1 == 0))
+}

@@ -1,0 +1,158 @@
+//! /proc/PID/smaps: mappings with their VmFlags and protection keys (proc_pid_smaps(5)).
+
+use super::{ParseError, hex, num};
+
+/// A mapping as the kernel prints it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Mapping {
+    /// First byte.
+    pub start: u64,
+    /// One past the last.
+    pub end: u64,
+    /// PROT_* bits.
+    pub prot: u8,
+    /// MAP_SHARED.
+    pub shared: bool,
+    /// File offset, bytes.
+    pub offset: u64,
+    /// (major, minor) of the file's device.
+    pub dev: (u32, u32),
+    /// Inode, 0 for anonymous memory.
+    pub ino: u64,
+    /// Name as printed: a path, "[heap]", "" and so on.
+    pub name: Vec<u8>,
+    /// The two-letter codes of VmFlags; empty when read from maps rather than smaps.
+    pub vm_flags: Vec<[u8; 2]>,
+    /// ProtectionKey.
+    pub pkey: u8,
+    /// Kilobytes resident.
+    pub rss_kb: u64,
+}
+
+impl Mapping {
+    /// Whether VmFlags holds a code such as `b"gd"`.
+    pub fn has(&self, code: &[u8; 2]) -> bool {
+        self.vm_flags.contains(code)
+    }
+}
+
+fn header(line: &[u8]) -> Option<Mapping> {
+    // "7f00-7f10 rw-p 00000000 08:01 123    /path"
+    let mut f = line.splitn(6, |&b| b == b' ');
+    let range = f.next()?;
+    let dash = range.iter().position(|&b| b == b'-')?;
+    let start = hex("maps", &range[..dash]).ok()?;
+    let end = hex("maps", &range[dash + 1..]).ok()?;
+    let p = f.next()?;
+    if p.len() != 4 || end <= start {
+        return None;
+    }
+    let prot = u8::from(p[0] == b'r') | u8::from(p[1] == b'w') << 1 | u8::from(p[2] == b'x') << 2;
+    let offset = hex("maps", f.next()?).ok()?;
+    let dev = f.next()?;
+    let colon = dev.iter().position(|&b| b == b':')?;
+    let dev = (hex("maps", &dev[..colon]).ok()? as u32, hex("maps", &dev[colon + 1..]).ok()? as u32);
+    let ino = num("maps", f.next()?).ok()?;
+    let name = f.next().unwrap_or_default();
+    let name = &name[name.iter().position(|&b| b != b' ').unwrap_or(name.len())..];
+    Some(Mapping {
+        start,
+        end,
+        prot,
+        shared: p[3] == b's',
+        offset,
+        dev,
+        ino,
+        name: unescape(name),
+        ..Default::default()
+    })
+}
+
+/// maps and smaps print a newline in a name as `\012`.
+fn unescape(name: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(name.len());
+    let mut i = 0;
+    while i < name.len() {
+        if name[i..].starts_with(b"\\012") {
+            out.push(b'\n');
+            i += 4;
+        } else {
+            out.push(name[i]);
+            i += 1;
+        }
+    }
+    out
+}
+
+/// Parses maps or smaps.
+pub fn parse(text: &[u8]) -> Result<Vec<Mapping>, ParseError> {
+    let mut v: Vec<Mapping> = Vec::new();
+    for line in text.split(|&b| b == b'\n').filter(|l| !l.is_empty()) {
+        // Field lines of smaps start with a capital; headers with a lower-case hex digit.
+        if line[0].is_ascii_uppercase() {
+            let m = v.last_mut().ok_or_else(|| ParseError::new("smaps", line))?;
+            if let Some(rest) = line.strip_prefix(b"VmFlags:") {
+                m.vm_flags = rest.split(|&b| b == b' ').filter_map(|w| w.try_into().ok()).collect();
+            } else if let Some(rest) = line.strip_prefix(b"ProtectionKey:") {
+                m.pkey = num("smaps ProtectionKey", rest)?;
+            } else if let Some(rest) = line.strip_prefix(b"Rss:") {
+                m.rss_kb = num("smaps Rss", rest.strip_suffix(b"kB").unwrap_or(rest))?;
+            }
+        } else {
+            let m = header(line).ok_or_else(|| ParseError::new("maps", line))?;
+            if v.last().is_some_and(|l| l.end > m.start) && m.name != b"[vsyscall]" {
+                return Err(ParseError::new("maps order", line));
+            }
+            v.push(m);
+        }
+    }
+    Ok(v)
+}
+
+/// Reads and parses /proc/PID/smaps.
+pub fn smaps(pid: i32) -> std::io::Result<Vec<Mapping>> {
+    Ok(parse(&super::read(pid, "smaps")?)?)
+}
+
+/// Reads and parses /proc/PID/maps.
+pub fn maps(pid: i32) -> std::io::Result<Vec<Mapping>> {
+    Ok(parse(&super::read(pid, "maps")?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn reads_its_own_process() {
+        let m = smaps(std::process::id() as i32).unwrap();
+        assert!(m.iter().any(|m| m.name == b"[vdso]" && m.prot == 5));
+        assert!(m.iter().any(|m| m.name == b"[stack]" && m.has(b"gd")));
+        assert!(m.iter().all(|m| m.name == b"[vsyscall]" || m.has(b"mr")));
+    }
+
+    #[test]
+    fn names_with_blanks_and_newlines() {
+        let m = parse(b"1000-2000 rw-s 00001000 08:01 42                 /a b\\012c (deleted)\n").unwrap();
+        assert_eq!(m[0].name, b"/a b\nc (deleted)");
+        assert_eq!(
+            (m[0].start, m[0].end, m[0].shared, m[0].offset, m[0].ino),
+            (0x1000, 0x2000, true, 0x1000, 42)
+        );
+    }
+
+    #[test]
+    fn refuses_overlap_and_garbage() {
+        assert!(parse(b"1000-3000 rw-p 0 0:0 0 \n2000-4000 rw-p 0 0:0 0 \n").is_err());
+        assert!(parse(b"zz\n").is_err());
+        assert!(parse(b"Size: 4 kB\n").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(b in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse(&b);
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Address spaces of the copy: emptied, mapped like the original, filled.
+
+use super::pilots::{Batch, PilotError, Pilots};
+use crate::{
+    image::{Backing, Mm, PAGE, Vma},
+    procfs::maps,
+    sys::misc,
+};
+
+const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+const MAP_DROPPABLE: u64 = 0x08;
+const PR_SET_MM: u64 = 35;
+const PR_SET_MM_MAP: u64 = 14;
+const PR_SET_VMA: u64 = 0x5356_4d41;
+const PR_SET_THP_DISABLE: u64 = 41;
+const MADV_GUARD_INSTALL: u64 = 102;
+
+/// Where the kernel's own mappings wait while the rest of the address space is exchanged.
+#[derive(Debug, Clone)]
+pub struct Parking {
+    /// First byte.
+    pub at: u64,
+    /// Bytes.
+    pub len: u64,
+    /// (name, offset in the parking, bytes).
+    pub special: Vec<(String, u64, u64)>,
+}
+
+/// Bytes the parking needs: the span of this process's own special mappings.
+pub fn parking(at: u64) -> std::io::Result<(Parking, Vec<(u64, u64)>)> {
+    let maps = maps::maps(std::process::id() as i32)?;
+    let special: Vec<_> = maps.iter().filter(|m| m.name.starts_with(b"[v") && m.name != b"[vsyscall]").collect();
+    let first = special.first().map_or(0, |m| m.start);
+    let last = special.last().map_or(0, |m| m.end);
+    let used = maps.iter().filter(|m| m.name != b"[vsyscall]").map(|m| (m.start, m.end)).collect();
+    let list = special.iter().map(|m| (String::from_utf8_lossy(&m.name).into_owned(), m.start - first, m.end - m.start)).collect();
+    Ok((Parking { at, len: last - first, special: list }, used))
+}
+
+/// First batch of the root: gives up everything inherited from the agent but the pilots' range and the parked mappings.
+pub fn empty(keep: (u64, u64), park: &Parking) -> std::io::Result<Batch> {
+    let mut b = Batch::new();
+    if let Some((addr, len)) = misc::own_rseq() {
+        // RSEQ_FLAG_UNREGISTER with the signature glibc uses on x86.
+        b.call_or("unregister the agent's rseq area", libc::EINVAL, libc::SYS_rseq, &[addr, len as u64, 1, 0x5305_3053]);
+    }
+    let maps = maps::maps(std::process::id() as i32)?;
+    for m in maps.iter().filter(|m| m.name.starts_with(b"[v") && m.name != b"[vsyscall]") {
+        let name = String::from_utf8_lossy(&m.name).into_owned();
+        if let Some((_, off, len)) = park.special.iter().find(|s| s.0 == name) {
+            // MREMAP_MAYMOVE | MREMAP_FIXED
+            b.call_eq(format!("park {name}"), (park.at + off) as i64, libc::SYS_mremap, &[m.start, *len, *len, 3, park.at + off]);
+        }
+    }
+    let munmap = |b: &mut Batch, from: u64, to: u64| b.call("empty the address space", libc::SYS_munmap, &[from, to - from]);
+    munmap(&mut b, 0x1000, keep.0);
+    munmap(&mut b, keep.1, park.at);
+    munmap(&mut b, park.at + park.len, TASK_SIZE);
+    Ok(b)
+}
+
+/// Index of the descriptor a mapping maps, once all of a process's mapping descriptors were received as 0, 1, 2 ...
+pub type FdOf<'a> = &'a dyn Fn(&Vma) -> Option<u64>;
+
+/// Maps everything. Batches of at most `cap` records.
+pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) -> Vec<Batch> {
+    let mut out = vec![Batch::new()];
+    let mut b = |need: usize| -> &mut Batch {
+        if out.last().is_some_and(|b| b.len() + need > cap) {
+            out.push(Batch::new());
+        }
+        out.last_mut().unwrap()
+    };
+    for v in &mm.vmas {
+        if let Backing::Special(name) = &v.backing {
+            if let Some((_, off, len)) = park.special.iter().find(|s| s.0 == *name) {
+                let args = [park.at + off, *len, *len, 3, v.start];
+                b(1).call_eq(format!("move {name} to {:#x}", v.start), v.start as i64, libc::SYS_mremap, &args);
+            }
+            continue;
+        }
+        let what = format!("map {:x}-{:x}", v.start, v.end);
+        let mut flags = libc::MAP_FIXED_NOREPLACE as u64;
+        flags |= if v.shared {
+            libc::MAP_SHARED as u64
+        } else if v.flags.droppable {
+            MAP_DROPPABLE
+        } else {
+            libc::MAP_PRIVATE as u64
+        };
+        if v.flags.grows_down {
+            flags |= (libc::MAP_GROWSDOWN | libc::MAP_STACK) as u64;
+        }
+        if v.flags.no_reserve {
+            flags |= libc::MAP_NORESERVE as u64;
+        }
+        let (fd, offset) = match &v.backing {
+            Backing::File { offset, .. } | Backing::Object { offset, .. } => (fd_of(v).unwrap_or(u64::MAX), *offset),
+            _ => {
+                flags |= libc::MAP_ANONYMOUS as u64;
+                (u64::MAX, 0)
+            }
+        };
+        let prot = v.prot as u64;
+        b(1).call_eq(what, v.start as i64, libc::SYS_mmap, &[v.start, v.end - v.start, prot, flags, fd, offset]);
+        let f = &v.flags;
+        for (on, advice) in [
+            (f.dont_fork, libc::MADV_DONTFORK),
+            (f.wipe_on_fork && !f.droppable, libc::MADV_WIPEONFORK),
+            (f.dont_dump && !f.droppable, libc::MADV_DONTDUMP),
+            (f.sequential, libc::MADV_SEQUENTIAL),
+            (f.random, libc::MADV_RANDOM),
+            (f.mergeable, libc::MADV_MERGEABLE),
+            (f.huge, libc::MADV_HUGEPAGE),
+            (f.no_huge, libc::MADV_NOHUGEPAGE),
+        ] {
+            if on {
+                b(1).call(format!("madvise {advice} on {:#x}", v.start), libc::SYS_madvise, &[v.start, v.end - v.start, advice as u64]);
+            }
+        }
+        if let Some(name) = &v.name {
+            let b = b(1);
+            let mut z = name.clone().into_bytes();
+            z.push(0);
+            let at = b.data(&z);
+            b.try_call("name a mapping", libc::SYS_prctl, &[PR_SET_VMA, 0, v.start, v.end - v.start, at]);
+        }
+    }
+    // Protection keys: the kernel hands out the lowest free one.
+    let highest = (1..16).rev().find(|k| mm.pkeys >> k & 1 != 0).unwrap_or(0);
+    for key in 1..=highest {
+        b(1).call_eq("allocate a protection key", key as i64, libc::SYS_pkey_alloc, &[0, 0]);
+    }
+    for v in mm.vmas.iter().filter(|v| v.pkey != 0) {
+        let args = [v.start, v.end - v.start, v.prot as u64, v.pkey as u64];
+        b(1).call(format!("pkey_mprotect {:#x}", v.start), libc::SYS_pkey_mprotect, &args);
+    }
+    for key in (1..highest).filter(|k| mm.pkeys >> k & 1 == 0) {
+        b(1).call("free a protection key", libc::SYS_pkey_free, &[key as u64]);
+    }
+    let b = b(1);
+    b.call("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
+    let l = &mm.layout;
+    let auxv = b.data(&mm.auxv);
+    let mut s = Vec::with_capacity(104);
+    for v in [
+        l.start_code, l.end_code, l.start_data, l.end_data, l.start_brk, l.brk, l.start_stack, l.arg_start, l.arg_end, l.env_start, l.env_end, auxv,
+    ] {
+        s.extend_from_slice(&v.to_le_bytes());
+    }
+    s.extend_from_slice(&(mm.auxv.len() as u32).to_le_bytes());
+    s.extend_from_slice(&(exe_fd as u32).to_le_bytes());
+    let m = b.data(&s);
+    b.call("PR_SET_MM_MAP", libc::SYS_prctl, &[PR_SET_MM, PR_SET_MM_MAP, m, 104, 0]);
+    if mm.thp_disable {
+        b.call("PR_SET_THP_DISABLE", libc::SYS_prctl, &[PR_SET_THP_DISABLE, 1, 0, 0, 0]);
+    }
+    out
+}
+
+/// PR_SET_MM_MAP's struct holds the address of the auxv: resolves the token in it for a slot.
+pub fn resolve_auxv(b: &mut Batch, pilots: &Pilots, slot: usize, auxv_len: usize) {
+    // The auxv is the last data but one, the struct the last: 104 bytes.
+    let total = b.data_len();
+    let at = total - 104;
+    let auxv_at = (at - auxv_len) & !15;
+    let addr = pilots.data_addr(slot, auxv_at);
+    Pilots::patch(b, 0, at + 88, &addr.to_le_bytes());
+}
+
+/// What has to wait until the pages are there: guards and locks.
+pub fn after_pages(mm: &Mm, guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
+    let mut out = vec![Batch::new()];
+    let mut push = |what: &str, nr: i64, args: &[u64]| {
+        if out.last().is_some_and(|b| b.len() + 1 > cap) {
+            out.push(Batch::new());
+        }
+        out.last_mut().unwrap().call(what, nr, args);
+    };
+    for (a, e) in guards {
+        push("install a guard region", libc::SYS_madvise, &[*a, e - a, MADV_GUARD_INSTALL]);
+    }
+    for v in mm.vmas.iter().filter(|v| v.flags.locked || v.flags.lock_on_fault) {
+        push("mlock2", libc::SYS_mlock2, &[v.start, v.end - v.start, u64::from(v.flags.lock_on_fault)]);
+    }
+    match mm.mlock_future {
+        0 => {}
+        // mlockall(MCL_FUTURE) alone leaves the present mappings as they are.
+        1 => push("mlockall", libc::SYS_mlockall, &[libc::MCL_FUTURE as u64]),
+        _ => push("mlockall", libc::SYS_mlockall, &[(libc::MCL_FUTURE | libc::MCL_ONFAULT) as u64]),
+    }
+    for bit in (0..32).filter(|b| mm.membarrier >> b & 1 != 0) {
+        // Registration commands are the odd ones beside the private expedited ones: pass the bit as the command.
+        push("membarrier", libc::SYS_membarrier, &[1 << bit, 0]);
+    }
+    out
+}
+
+/// Checks what a peer or an image claims of an address space.
+pub fn validate(mm: &Mm) -> Result<(), PilotError> {
+    let bad = |what: String| Err(PilotError::Agent { what, source: std::io::Error::from(std::io::ErrorKind::InvalidData) });
+    let mut last = 0x1000;
+    for v in &mm.vmas {
+        if v.start % PAGE != 0 || v.end % PAGE != 0 || v.start < last || v.end <= v.start || v.end > TASK_SIZE || v.prot > 7 {
+            return bad(format!("mapping {:x}-{:x} of the image is not valid", v.start, v.end));
+        }
+        last = v.end;
+    }
+    Ok(())
+}

@@ -1,0 +1,10 @@
+//! Rebuilding a tree: the other halves of `dump`.
+
+pub mod fds;
+pub mod init;
+pub mod mm;
+pub mod pilots;
+pub mod plan;
+pub mod rebuild;
+pub mod sink;
+pub mod task;

@@ -1,0 +1,749 @@
+//! A copy of a tree, from nothing to running: processes, mappings, pages, descriptors, threads, state, release.
+//!
+//! Everything runs on one thread, the tracer's: it is the parent of the root, and the only one to ptrace anything at the end. Pages may be
+//! written by other threads through a [`Sink`] between [`Rebuild::skeleton`] and [`Rebuild::complete`].
+
+use super::{
+    fds, mm,
+    pilots::{Batch, PilotError, Pilots},
+    plan::{self, Step},
+    sink::Sink,
+    task,
+};
+use crate::{
+    arch::{self, inject_stub, pilot},
+    image::{Backing, Kind, Tree, Vma},
+    procfs::{self, maps, stat, status},
+    sys::{mem::Mem, misc, ptrace},
+    tracer::wait_stop_once,
+};
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{self, Write},
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    time::{Duration, Instant},
+};
+
+const CLONE_THREAD_FLAGS: u64 =
+    (libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM) as u64;
+/// Descriptors in one SCM_RIGHTS message (SCM_MAX_FD).
+const SCM_MAX: usize = 253;
+
+/// How the copy gets its pids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pids {
+    /// The agent's own pid namespace: every pid is free there.
+    Here,
+    /// A fresh pid namespace with a /proc of its own.
+    Fresh,
+}
+
+/// Whether the tree's pids are free in this pid namespace.
+pub fn pids_free(tree: &Tree) -> bool {
+    let free = |id: i32| !std::path::Path::new(&format!("/proc/{id}")).exists();
+    tree.processes.iter().all(|p| free(p.pid) && p.threads.iter().all(|t| free(t.tid)))
+}
+
+/// A copy being built. Dropping it before the release ends all of it.
+#[derive(Debug)]
+pub struct Rebuild {
+    tree: Tree,
+    pilots: Pilots,
+    /// Slots of each process's threads, leader first.
+    slots: Vec<Vec<usize>>,
+    /// Agent-side pid of each process.
+    pids: Vec<i32>,
+    socket: OwnedFd,
+    /// The socket's number inside the tree.
+    socket_number: u64,
+    /// One per object of the tree.
+    objects: Vec<OwnedFd>,
+    park: mm::Parking,
+    released: bool,
+    init: Option<i32>,
+    /// The fresh mount namespace, for the root to enter.
+    mount_namespace: Option<File>,
+    fresh: bool,
+}
+
+impl Rebuild {
+    /// Processes and mappings, empty and waiting. `word` holds the decision page.
+    pub fn skeleton(tree: Tree, word: &File, pids: Pids) -> Result<Rebuild, PilotError> {
+        for m in &tree.mms {
+            mm::validate(m)?;
+        }
+        let steps = plan::sessions(&tree.processes).map_err(|e| PilotError::agent("plan the sessions")(io::Error::other(e)))?;
+        let objects = fds::create_objects(&tree.objects).map_err(|e| PilotError::agent("create shared memory")(io::Error::other(e)))?;
+        // Slots: every process's leader, then its other threads.
+        let mut tasks = Vec::new();
+        let mut slots = Vec::new();
+        for p in &tree.processes {
+            let mut s = vec![tasks.len()];
+            tasks.push((p.pid, true));
+            for t in p.threads.iter().skip(1) {
+                s.push(tasks.len());
+                tasks.push((t.tid, false));
+            }
+            slots.push(s);
+        }
+        let leaders = tree.processes.len();
+        let space = Pilots::space(leaders, tasks.len() - leaders) as u64;
+        let (mut park, mut used) = mm::parking(0).map_err(PilotError::agent("read own mappings"))?;
+        used.extend(tree.mms.iter().flat_map(|m| m.vmas.iter().map(|v| (v.start, v.end))));
+        const GAP: u64 = 2 << 20;
+        let total = space.next_multiple_of(GAP) + GAP + park.len;
+        let base = plan::free_range(&used, total)
+            .ok_or_else(|| PilotError::agent("find free addresses for the pilots")(io::ErrorKind::OutOfMemory.into()))?;
+        park.at = base + space.next_multiple_of(GAP) + GAP;
+        let pilots = Pilots::create(base, word, &tasks).map_err(PilotError::agent("map the pilots' region"))?;
+        let (ours, theirs) = nix::sys::socket::socketpair(
+            nix::sys::socket::AddressFamily::Unix,
+            nix::sys::socket::SockType::Datagram,
+            None,
+            nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+        )
+        .map_err(|e| PilotError::agent("make a socket pair")(e.into()))?;
+        // Above every number the tree uses, so that what it receives takes the lowest numbers in order.
+        let highest = tree.processes.iter().flat_map(|p| p.fds.iter().map(|f| f.fd as u64)).max().unwrap_or(0);
+        let most = tree.processes.iter().map(|p| p.fds.len() as u64).max().unwrap_or(0);
+        let mapped = tree.mms.iter().map(|m| m.vmas.len() as u64).max().unwrap_or(0).min(4096);
+        let socket_number = highest.max(most).max(mapped) + 16;
+        let mut r = Rebuild {
+            pids: vec![0; tree.processes.len()],
+            tree,
+            pilots,
+            slots,
+            socket: ours,
+            socket_number,
+            objects,
+            park,
+            released: false,
+            init: None,
+            mount_namespace: None,
+            fresh: pids == Pids::Fresh,
+        };
+        r.root(theirs)?;
+        r.descend(0, &steps)?;
+        r.locate()?;
+        r.groups()?;
+        for i in 0..r.tree.processes.len() {
+            if r.tree.processes[i].zombie.is_none() {
+                r.map(i)?;
+            }
+        }
+        Ok(r)
+    }
+
+    fn root(&mut self, socket: OwnedFd) -> Result<(), PilotError> {
+        let pid = self.tree.processes[0].pid;
+        self.time_namespace()?;
+        let ppid = if self.fresh {
+            self.pid_namespace()?;
+            0
+        } else {
+            std::process::id() as i32
+        };
+        let control = self.pilots.control(self.slots[0][0], ppid);
+        let set_tid = [pid];
+        let exit_signal = libc::SIGCHLD as u64;
+        let mut args = [0, 0, 0, 0, exit_signal, 0, 0, 0, set_tid.as_ptr() as u64, 1, 0];
+        let root = pilot::spawn(&mut args, self.pilots.entry(), control)
+            .map_err(PilotError::agent(format!("create process {pid} with its own pid (clone3 set_tid)")))?;
+        self.pids[0] = root;
+        let mut b = mm::empty(self.pilots.range(), &self.park).map_err(PilotError::agent("read own mappings"))?;
+        if let Some(ns) = &self.mount_namespace {
+            b.call("enter the fresh mount namespace", libc::SYS_setns, &[ns.as_raw_fd() as u64, libc::CLONE_NEWNS as u64]);
+        }
+        let k = self.socket_number;
+        if socket.as_raw_fd() as u64 != k {
+            b.call_eq("move the descriptor socket", k as i64, libc::SYS_dup3, &[socket.as_raw_fd() as u64, k, 0]);
+        }
+        b.call("close the agent's descriptors", libc::SYS_close_range, &[0, k - 1, 0]);
+        b.call("close the agent's descriptors", libc::SYS_close_range, &[k + 1, u32::MAX as u64, 0]);
+        self.pilots.run(self.slots[0][0], &b).map(drop)
+    }
+
+    /// Keeps CLOCK_MONOTONIC and CLOCK_BOOTTIME from going back on a host that booted later (time_namespaces(7)).
+    fn time_namespace(&self) -> Result<(), PilotError> {
+        let c = &self.tree.clocks;
+        if c.monotonic_ns == 0 {
+            return Ok(());
+        }
+        let passed = misc::clock_ns(libc::CLOCK_REALTIME).saturating_sub(c.realtime_ns);
+        let here = |clock| misc::clock_ns(clock);
+        let due = |then: u64| then as i128 + passed as i128;
+        let off_mono = due(c.monotonic_ns) - here(libc::CLOCK_MONOTONIC) as i128;
+        let off_boot = due(c.boottime_ns) - here(libc::CLOCK_BOOTTIME) as i128;
+        // Clocks that agree to a second and do not go back are left alone.
+        let near = |off: i128, then: u64, now: u64| off.abs() < 1_000_000_000 && now >= then;
+        if near(off_mono, c.monotonic_ns, here(libc::CLOCK_MONOTONIC)) && near(off_boot, c.boottime_ns, here(libc::CLOCK_BOOTTIME)) {
+            return Ok(());
+        }
+        const CLONE_NEWTIME: i32 = 0x80;
+        misc::unshare(CLONE_NEWTIME).map_err(PilotError::agent("make a time namespace for another host's clocks"))?;
+        let line = |name: &str, off: i128| format!("{name} {} {}\n", off.div_euclid(1_000_000_000), off.rem_euclid(1_000_000_000));
+        let text = line("monotonic", off_mono) + &line("boottime", off_boot);
+        File::options()
+            .write(true)
+            .open(format!("/proc/{}/timens_offsets", misc::gettid()))
+            .and_then(|mut f| f.write_all(text.as_bytes()))
+            .map_err(PilotError::agent("set the time namespace's offsets"))
+    }
+
+    /// A fresh pid namespace with an init that reaps, and a /proc of its own. Later children of this thread are born into it.
+    fn pid_namespace(&mut self) -> Result<(), PilotError> {
+        let word = self.pilots.range().0 + super::pilots::WORD as u64;
+        let init = super::init::spawn(word).map_err(PilotError::agent("make a fresh pid namespace"))?;
+        self.init = Some(init);
+        let ns = File::open(format!("/proc/{init}/ns/pid")).map_err(PilotError::agent("open the fresh pid namespace"))?;
+        nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWPID).map_err(|e| PilotError::agent("enter the fresh pid namespace")(e.into()))?;
+        self.mount_namespace = Some(File::open(format!("/proc/{init}/ns/mnt")).map_err(PilotError::agent("open the fresh mount namespace"))?);
+        Ok(())
+    }
+
+    /// Makes the children of process `i`, and theirs.
+    fn descend(&mut self, i: usize, steps: &[Vec<Step>]) -> Result<(), PilotError> {
+        let slot = self.slots[i][0];
+        for step in &steps[i] {
+            let mut b = Batch::new();
+            match *step {
+                Step::Setsid => {
+                    b.call_eq("setsid", self.tree.processes[i].pid as i64, libc::SYS_setsid, &[]);
+                    self.pilots.run(slot, &b)?;
+                }
+                Step::Clone(c) => {
+                    let child = &self.tree.processes[c];
+                    let pid = child.pid;
+                    let exit_signal = child.exit_signal.max(0) as u64;
+                    let control = self.pilots.control(self.slots[c][0], self.tree.processes[i].pid);
+                    let set_tid = b.data(&pid.to_le_bytes());
+                    let set_tid = self.pilots.address_of(slot, set_tid);
+                    let args: Vec<u8> =
+                        [0, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0].iter().flat_map(|v: &u64| v.to_le_bytes()).collect();
+                    let args = b.data(&args);
+                    b.call_eq(format!("create process {pid}"), pid as i64, libc::SYS_clone3, &[args, 88, 0, 0, 0, control]);
+                    self.pilots.run(slot, &b)?;
+                    self.descend(c, steps)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds the agent-side pid of every process.
+    fn locate(&mut self) -> Result<(), PilotError> {
+        if !self.fresh {
+            for (pid, p) in self.pids.iter_mut().zip(&self.tree.processes) {
+                *pid = p.pid;
+            }
+            return Ok(());
+        }
+        let find = || -> io::Result<HashMap<i32, i32>> {
+            let mut map = HashMap::new();
+            for (pid, _) in crate::tracer::discover(self.pids[0])? {
+                map.insert(status::read(pid)?.inner_pid(), pid);
+            }
+            Ok(map)
+        };
+        let map = find().map_err(PilotError::agent("find the copy's processes"))?;
+        for (pid, p) in self.pids.iter_mut().zip(&self.tree.processes) {
+            *pid = *map.get(&p.pid).ok_or_else(|| PilotError::agent(format!("find process {}", p.pid))(io::ErrorKind::NotFound.into()))?;
+        }
+        Ok(())
+    }
+
+    /// Process groups: leaders first. A group whose leader is outside the tree becomes the root's own.
+    fn groups(&mut self) -> Result<(), PilotError> {
+        let pids: std::collections::HashSet<i32> = self.tree.processes.iter().map(|p| p.pid).collect();
+        let root = self.tree.processes[0].pid;
+        let target = |pgid: i32| if pids.contains(&pgid) { pgid } else { root };
+        for leaders in [true, false] {
+            for i in 0..self.tree.processes.len() {
+                let p = &self.tree.processes[i];
+                let group = target(p.pgid);
+                if (group == p.pid) != leaders || p.sid == p.pid {
+                    continue;
+                }
+                let mut b = Batch::new();
+                b.call(format!("setpgid {group}"), libc::SYS_setpgid, &[0, group as u64]);
+                self.pilots.run(self.slots[i][0], &b)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends descriptors to a process, where they become 0, 1, 2 ...; nothing but the socket may be open there.
+    fn give(&mut self, i: usize, fds: &[RawFd]) -> Result<(), PilotError> {
+        use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+        let slot = self.slots[i][0];
+        let k = self.socket_number;
+        for group in fds.chunks(SCM_MAX) {
+            sendmsg::<()>(
+                self.socket.as_raw_fd(),
+                &[io::IoSlice::new(b"f")],
+                &[ControlMessage::ScmRights(group)],
+                MsgFlags::empty(),
+                None,
+            )
+            .map_err(|e| PilotError::agent("send descriptors to a process")(e.into()))?;
+            let mut b = Batch::new();
+            let byte = b.data(&[0; 16]);
+            let byte = self.pilots.address_of(slot, byte);
+            let iov = b.data(&[byte.to_le_bytes(), 1u64.to_le_bytes()].concat());
+            let control = b.data(&[0; 1040]);
+            let (iov, control) = (self.pilots.address_of(slot, iov), self.pilots.address_of(slot, control));
+            let mut h = Vec::new();
+            for v in [0, 0, iov, 1, control, 1040, 0u64] {
+                h.extend_from_slice(&v.to_le_bytes());
+            }
+            let h = b.data(&h);
+            b.call_eq("receive descriptors", 1, libc::SYS_recvmsg, &[k, h, 0]);
+            self.pilots.run(slot, &b)?;
+            // MSG_CTRUNC in msg_flags: the process may not open that many.
+            let mut flags = [0u8; 4];
+            self.pilots.read_data(slot, h + 48, &mut flags);
+            if u32::from_le_bytes(flags) & libc::MSG_CTRUNC as u32 != 0 {
+                return Err(PilotError::agent("pass descriptors")(io::Error::other("the limit on open files is too low")));
+            }
+        }
+        Ok(())
+    }
+
+    fn map(&mut self, i: usize) -> Result<(), PilotError> {
+        let mm = self.tree.mms[self.tree.processes[i].mm as usize].clone();
+        let mut files: Vec<File> = Vec::new();
+        let mut raw: Vec<RawFd> = Vec::new();
+        let mut index: HashMap<(Vec<u8>, bool), u64> = HashMap::new();
+        let mut objects: HashMap<u32, u64> = HashMap::new();
+        for v in &mm.vmas {
+            match &v.backing {
+                Backing::File { file, writable, .. } => {
+                    let write = *writable && v.shared;
+                    let key = (file.path.clone(), write);
+                    if !index.contains_key(&key) {
+                        let f = fds::open_mapped(file, write, v.prot & 4 != 0).map_err(|e| PilotError::agent("open a mapped file")(io::Error::other(e)))?;
+                        index.insert(key, raw.len() as u64);
+                        raw.push(f.as_raw_fd());
+                        files.push(f);
+                    }
+                }
+                Backing::Object { object, .. } => {
+                    let fd = self.objects.get(*object as usize).ok_or_else(|| PilotError::agent("map an object")(io::ErrorKind::InvalidData.into()))?;
+                    objects.entry(*object).or_insert_with(|| {
+                        raw.push(fd.as_raw_fd());
+                        raw.len() as u64 - 1
+                    });
+                }
+                _ => {}
+            }
+        }
+        let exe = fds::open_mapped(&mm.exe, false, true).map_err(|e| PilotError::agent("open the executable")(io::Error::other(e)))?;
+        let exe_fd = raw.len() as u64;
+        raw.push(exe.as_raw_fd());
+        self.give(i, &raw)?;
+        let fd_of = |v: &Vma| match &v.backing {
+            Backing::File { file, writable, .. } => index.get(&(file.path.clone(), *writable && v.shared)).copied(),
+            Backing::Object { object, .. } => objects.get(object).copied(),
+            _ => None,
+        };
+        let slot = self.slots[i][0];
+        let (records, _) = self.pilots.capacity(slot);
+        let mut batches = mm::map(&mm, &self.park, &fd_of, exe_fd, records - 8);
+        if let Some(last) = batches.last_mut() {
+            mm::resolve_auxv(last, &self.pilots, slot, mm.auxv.len());
+            last.call("close mapping descriptors", libc::SYS_close_range, &[0, self.socket_number - 1, 0]);
+        }
+        for b in &batches {
+            self.pilots.run(slot, b)?;
+        }
+        Ok(())
+    }
+
+    /// Where pages go. Usable from other threads until [`Rebuild::complete`].
+    pub fn sink(&self) -> io::Result<Sink> {
+        let open = || {
+            let mut sink = Sink::default();
+            for (p, pid) in self.tree.processes.iter().zip(&self.pids).filter(|(p, _)| p.zombie.is_none()) {
+                sink.add_process(p.mm, *pid, &self.tree.mms[p.mm as usize])?;
+            }
+            Ok(sink)
+        };
+        let mut sink = open()?;
+        for (i, (o, fd)) in self.tree.objects.iter().zip(&self.objects).enumerate() {
+            sink.add_object(i as u32, fd.try_clone()?, o.size);
+        }
+        Ok(sink)
+    }
+
+    /// Everything but the release: descriptors, threads, state. `guards` by address space.
+    pub fn complete(&mut self, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
+        let tree = std::mem::replace(&mut self.tree, empty_tree());
+        let r = self.complete_with(&tree, stdio, guards);
+        self.tree = tree;
+        r
+    }
+
+    fn complete_with(&mut self, tree: &Tree, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
+        let built = fds::build(tree, &self.objects, stdio).map_err(|e| PilotError::agent("rebuild descriptors")(io::Error::other(e)))?;
+        let live: Vec<usize> = (0..tree.processes.len()).filter(|&i| tree.processes[i].zombie.is_none()).collect();
+        for &i in &live {
+            self.descriptors(i, tree, &built.fds)?;
+        }
+        self.epolls(tree, &live)?;
+        fds::seal_objects(&tree.objects, &self.objects).map_err(|e| PilotError::agent("seal memfds")(io::Error::other(e)))?;
+        drop(built);
+        for &i in &live {
+            let p = &tree.processes[i];
+            let slot = self.slots[i][0];
+            let (records, _) = self.pilots.capacity(slot);
+            let mm = &tree.mms[p.mm as usize];
+            let none = Vec::new();
+            for b in mm::after_pages(mm, guards.get(p.mm as usize).unwrap_or(&none), records - 8) {
+                self.pilots.run(slot, &b)?;
+            }
+            self.threads(i, tree)?;
+        }
+        // Zombies end now, while their parents still take no notice.
+        for (i, p) in tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_some()) {
+            self.end_zombie(i, p.zombie.unwrap_or(0), &p.comm)?;
+        }
+        let bounding = status::read_task(std::process::id() as i32, std::process::id() as i32).map(|s| s.caps[3]).unwrap_or(u64::MAX);
+        let last_cap: u32 =
+            std::fs::read_to_string("/proc/sys/kernel/cap_last_cap").ok().and_then(|s| s.trim().parse().ok()).unwrap_or(40);
+        for &i in &live {
+            let p = &tree.processes[i];
+            let mm = &tree.mms[p.mm as usize];
+            let zombies = tree.processes.iter().filter(|c| c.zombie.is_some() && c.parent == Some(i as u32)).count();
+            self.pilots.run(self.slots[i][0], &task::process(p, tree, zombies))?;
+            // Needs the pid the agent sees.
+            let agent = self.pids[i];
+            let write = |name: &str, v: String| std::fs::write(procfs::path(agent, name), v);
+            let set = || {
+                write("oom_score_adj", mm.oom_score_adj.to_string())?;
+                write("coredump_filter", format!("{:#x}", mm.coredump_filter))
+            };
+            set().map_err(PilotError::agent("set oom_score_adj"))?;
+        }
+        for &i in &live {
+            let p = &tree.processes[i];
+            let dumpable = tree.mms[p.mm as usize].dumpable;
+            let batches: Vec<Batch> =
+                p.threads.iter().enumerate().map(|(k, t)| task::thread(t, p, last_cap, bounding, k == 0, dumpable)).collect();
+            for (k, b) in batches.iter().enumerate() {
+                self.pilots.post(self.slots[i][k], b);
+            }
+            for (k, b) in batches.iter().enumerate() {
+                self.pilots.wait(self.slots[i][k], b)?;
+            }
+        }
+        // The last batch of every task: wait for the release, then load the final context.
+        for &i in &live {
+            for (k, t) in tree.processes[i].threads.iter().enumerate() {
+                let slot = self.slots[i][k];
+                let regs = arch::restart_anew(&t.regs);
+                let sp = self.pilots.frame(slot, |base| arch::sigframe(base, &regs, &t.xstate, t.sigmask, &t.altstack));
+                let mut b = Batch::new();
+                if k == 0 {
+                    b.call("close the descriptor socket", libc::SYS_close, &[self.socket_number]);
+                }
+                b.pseudo("wait for the release", pilot::HOLD, 0);
+                b.pseudo("load the context", pilot::LEAVE, sp);
+                self.pilots.post(slot, &b);
+            }
+        }
+        Ok(())
+    }
+
+    /// The process's descriptor table: received in order, moved to their numbers from the highest down.
+    fn descriptors(&mut self, i: usize, tree: &Tree, built: &[OwnedFd]) -> Result<(), PilotError> {
+        let p = &tree.processes[i];
+        let raw: Vec<RawFd> = p
+            .fds
+            .iter()
+            .map(|f| built.get(f.description as usize).map(AsRawFd::as_raw_fd))
+            .collect::<Option<_>>()
+            .ok_or_else(|| PilotError::agent("rebuild descriptors")(io::ErrorKind::InvalidData.into()))?;
+        self.give(i, &raw)?;
+        let slot = self.slots[i][0];
+        let (records, _) = self.pilots.capacity(slot);
+        let mut batches = vec![Batch::new()];
+        let mut push = |what: &str, nr: i64, args: &[u64]| {
+            if batches.last().is_some_and(|b| b.len() + 1 > records) {
+                batches.push(Batch::new());
+            }
+            batches.last_mut().unwrap().call(what, nr, args);
+        };
+        for (k, f) in p.fds.iter().enumerate().rev() {
+            let flags = if f.cloexec { libc::O_CLOEXEC as u64 } else { 0 };
+            if k as i32 != f.fd {
+                push("dup3", libc::SYS_dup3, &[k as u64, f.fd as u64, flags]);
+            } else if f.cloexec {
+                push("FD_CLOEXEC", libc::SYS_fcntl, &[k as u64, libc::F_SETFD as u64, libc::FD_CLOEXEC as u64]);
+            }
+        }
+        let wanted: std::collections::HashSet<i32> = p.fds.iter().map(|f| f.fd).collect();
+        for k in (0..p.fds.len() as i32).filter(|k| !wanted.contains(k)) {
+            push("close", libc::SYS_close, &[k as u64]);
+        }
+        // struct f_owner_ex names in-tree ids, valid inside.
+        let mut owners = Batch::new();
+        for f in &p.fds {
+            let d = &tree.descriptions[f.description as usize];
+            if let Some((kind, id)) = d.owner {
+                let at = owners.data(&[kind.to_le_bytes(), id.to_le_bytes()].concat());
+                owners.call("F_SETOWN_EX", libc::SYS_fcntl, &[f.fd as u64, libc::F_SETOWN_EX as u64, at]);
+            }
+        }
+        if !owners.is_empty() {
+            batches.push(owners);
+        }
+        for b in &batches {
+            self.pilots.run(slot, b)?;
+        }
+        Ok(())
+    }
+
+    /// Registers what each epoll instance watched, from a process that has it open.
+    fn epolls(&mut self, tree: &Tree, live: &[usize]) -> Result<(), PilotError> {
+        for (d, desc) in tree.descriptions.iter().enumerate() {
+            let Kind::Epoll { entries } = &desc.kind else { continue };
+            // The numbers in the entries are those of the process whose table matches all of them.
+            let holder = live.iter().copied().find_map(|i| {
+                let fds = &tree.processes[i].fds;
+                let ep = fds.iter().find(|f| f.description as usize == d)?;
+                entries.iter().all(|e| fds.iter().any(|f| f.fd == e.fd && f.description == e.description)).then_some((i, ep.fd))
+            });
+            let Some((i, ep)) = holder else {
+                if entries.is_empty() {
+                    continue;
+                }
+                return Err(PilotError::agent("rebuild an epoll instance")(io::Error::other("no process has all of its descriptors")));
+            };
+            let slot = self.slots[i][0];
+            let (records, _) = self.pilots.capacity(slot);
+            for group in entries.chunks(records - 8) {
+                let mut b = Batch::new();
+                for e in group {
+                    // struct epoll_event is packed: u32 events, u64 data.
+                    let at = b.data(&[&e.events.to_le_bytes()[..], &e.data.to_le_bytes()].concat());
+                    let args = [ep as u64, libc::EPOLL_CTL_ADD as u64, e.fd as u64, at];
+                    b.call(format!("epoll_ctl add {}", e.fd), libc::SYS_epoll_ctl, &args);
+                }
+                self.pilots.run(slot, &b)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn threads(&mut self, i: usize, tree: &Tree) -> Result<(), PilotError> {
+        let p = &tree.processes[i];
+        let leader = self.slots[i][0];
+        let others: Vec<(usize, i32)> = self.slots[i].iter().copied().zip(&p.threads).skip(1).map(|(s, t)| (s, t.tid)).collect();
+        for group in others.chunks(500) {
+            let mut b = Batch::new();
+            for &(slot, tid) in group {
+                let ppid = p.parent.map_or_else(
+                    || if self.fresh { 0 } else { std::process::id() as i32 },
+                    |parent| tree.processes[parent as usize].pid,
+                );
+                let control = self.pilots.control(slot, ppid);
+                let set_tid = b.data(&tid.to_le_bytes());
+                let set_tid = self.pilots.address_of(leader, set_tid);
+                let args: Vec<u8> =
+                    [CLONE_THREAD_FLAGS, 0, 0, 0, 0, 0, 0, 0, set_tid, 1, 0].iter().flat_map(|v: &u64| v.to_le_bytes()).collect();
+                let args = b.data(&args);
+                b.call_eq(format!("create thread {tid}"), tid as i64, libc::SYS_clone3, &[args, 88, 0, 0, 0, control]);
+            }
+            self.pilots.run(leader, &b)?;
+        }
+        Ok(())
+    }
+
+    fn end_zombie(&mut self, i: usize, code: i32, comm: &str) -> Result<(), PilotError> {
+        let pid = self.tree_pid(i);
+        let mut b = Batch::new();
+        let mut name = comm.as_bytes().to_vec();
+        name.resize(16, 0);
+        name[15] = 0;
+        let name = b.data(&name);
+        b.call("PR_SET_NAME", libc::SYS_prctl, &[15, name]);
+        let signal = code & 0x7f;
+        if signal == 0 {
+            b.call("exit", libc::SYS_exit_group, &[(code >> 8) as u64 & 0xff]);
+        } else {
+            let limit = b.data(&[0; 16]);
+            b.call("no core file", libc::SYS_prlimit64, &[0, libc::RLIMIT_CORE as u64, limit, 0]);
+            let none = b.data(&[0; 8]);
+            b.call("kill itself", libc::SYS_kill, &[pid as u64, signal as u64]);
+            b.call("take the signal", libc::SYS_rt_sigprocmask, &[libc::SIG_SETMASK as u64, none, 0, 8]);
+        }
+        self.pilots.post(self.slots[i][0], &b);
+        let agent = self.pids[i];
+        let end = Instant::now() + Duration::from_secs(5);
+        let dead = || stat::read(agent).map(|s| s.state == b'Z');
+        while !dead().unwrap_or(true) {
+            if Instant::now() > end {
+                return Err(PilotError::Silent { pid, ms: 5000, what: "end as the zombie it was".into() });
+            }
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        Ok(())
+    }
+
+    fn tree_pid(&self, i: usize) -> i32 {
+        self.tree.processes.get(i).map_or(0, |p| p.pid)
+    }
+
+    /// Root pid in the agent's namespace.
+    pub fn root_pid(&self) -> i32 {
+        self.pids[0]
+    }
+
+    /// The tree being rebuilt.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Agent-side pids of the processes.
+    pub fn pids(&self) -> &[i32] {
+        &self.pids
+    }
+
+    /// Descriptors of the objects.
+    pub fn objects(&self) -> &[OwnedFd] {
+        &self.objects
+    }
+
+    /// Lets all tasks go at once. False: the copy had died before.
+    pub fn release(&mut self) -> bool {
+        self.released = self.pilots.release();
+        self.released
+    }
+
+    /// Takes the pilots' mapping out of every released process: each task is stopped for some microseconds to see that it has left.
+    ///
+    /// A failure leaves an unused mapping behind, nothing else; the count of such processes is returned.
+    pub fn clean_up(&mut self) -> usize {
+        let range = self.pilots.range();
+        let mut left = 0;
+        for (i, p) in self.tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_none()) {
+            let agent = self.pids[i];
+            if let Err(e) = unmap(agent, range) {
+                tracing::warn!(pid = p.pid, error = %e, "the pilots' mapping stays in the process");
+                left += 1;
+            }
+        }
+        left
+    }
+}
+
+impl Drop for Rebuild {
+    fn drop(&mut self) {
+        if self.released {
+            return;
+        }
+        self.pilots.abort();
+        // The root is a child of this thread; the others end by themselves and go to their reaper.
+        let root = self.pids[0];
+        if root != 0 {
+            let end = Instant::now() + Duration::from_secs(2);
+            for &p in self.pids.iter().rev().filter(|p| **p != 0) {
+                let _ = misc::kill(p, libc::SIGKILL);
+            }
+            while Instant::now() < end && matches!(misc::reap(root), Ok(None)) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+        if let Some(init) = self.init {
+            let _ = misc::kill(init, libc::SIGKILL);
+            let end = Instant::now() + Duration::from_secs(2);
+            while Instant::now() < end && matches!(misc::reap(init), Ok(None)) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+    }
+}
+
+/// Unmaps `range` in a running process once none of its threads is inside.
+fn unmap(pid: i32, range: (u64, u64)) -> io::Result<()> {
+    if !maps::maps(pid)?.iter().any(|m| m.start < range.1 && m.end > range.0) {
+        return Ok(());
+    }
+    let mut tids = procfs::tasks(pid)?;
+    tids.retain(|&t| t != pid);
+    for tid in tids {
+        match visit(tid, range, |_| Ok(false)) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
+            r => r?,
+        }
+    }
+    visit(pid, range, |regs| {
+        let maps = maps::maps(pid)?;
+        let vdso = maps.iter().find(|m| m.name == b"[vdso]").ok_or_else(|| io::Error::other("no vdso"))?;
+        let mem = Mem::open(pid)?;
+        let base = crate::inject::stub_base(&mem, vdso.start, vdso.end)?.ok_or_else(|| io::Error::other("no room in the vdso"))?;
+        let stub = inject_stub::build(base, &arch::restart_in_place(regs), range.0, range.1 - range.0, libc::SIGURG);
+        mem.write(base, &stub.code)?;
+        let mut r = *regs;
+        r.rip = base + stub.exit;
+        r.orig_rax = u64::MAX;
+        ptrace::set_regs(pid, &r)?;
+        Ok(true)
+    })
+}
+
+/// Stops one thread outside `range`, gives its registers to `f`, and lets it go on.
+fn visit(tid: i32, range: (u64, u64), f: impl Fn(&crate::image::Regs) -> io::Result<bool>) -> io::Result<()> {
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        ptrace::seize(tid)?;
+        ptrace::interrupt(tid)?;
+        loop {
+            match wait_stop_once(tid)? {
+                Some(Some(_)) => break,
+                Some(None) => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
+                None if Instant::now() > end => return Err(io::ErrorKind::TimedOut.into()),
+                None => std::thread::yield_now(),
+            }
+        }
+        let regs = ptrace::regs(tid)?;
+        let inside = (range.0..range.1).contains(&regs.rip) || (range.0..range.1).contains(&regs.rsp);
+        if !inside {
+            let r = f(&regs);
+            if !matches!(r, Ok(true)) {
+                let _ = ptrace::set_regs(tid, &arch::resume_traced(&regs));
+            }
+            ptrace::detach(tid, 0)?;
+            return r.map(drop);
+        }
+        ptrace::detach(tid, 0)?;
+        if Instant::now() > end {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+fn empty_tree() -> Tree {
+    Tree {
+        host: crate::image::Host {
+            hostname: String::new(),
+            kernel: String::new(),
+            boot_id: String::new(),
+            page_size: 0,
+            xcr0: 0,
+            xsave_size: 0,
+            cpu_flags: Vec::new(),
+            vdso_hash: String::new(),
+            vdso_layout: [0; 3],
+        },
+        clocks: crate::image::Clocks { monotonic_ns: 0, boottime_ns: 0, realtime_ns: 0 },
+        processes: Vec::new(),
+        mms: Vec::new(),
+        objects: Vec::new(),
+        descriptions: Vec::new(),
+        pipes: Vec::new(),
+    }
+}
+

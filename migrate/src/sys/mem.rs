@@ -1,0 +1,81 @@
+//! Another process's memory: process_vm_readv(2), process_vm_writev(2) and /proc/PID/mem.
+
+use super::check;
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::FileExt,
+};
+
+/// Reads `buf.len()` bytes at `addr`; fails on pages the task itself may not read.
+pub fn read(pid: i32, addr: u64, buf: &mut [u8]) -> io::Result<()> {
+    let local = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: addr as *mut _,
+        iov_len: buf.len(),
+    };
+    // SAFETY: `local` describes `buf`, which is exclusively ours; the remote range is checked by the kernel.
+    let n = check(unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) } as i64)?;
+    if n as usize != buf.len() {
+        return Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            format!("read {n} of {} bytes at {addr:#x}", buf.len()),
+        ));
+    }
+    Ok(())
+}
+
+/// Writes the chunks one after the other at `addr`; fails on pages the task itself may not write.
+pub fn write(pid: i32, addr: u64, chunks: &[&[u8]]) -> io::Result<()> {
+    let mut at = addr;
+    for group in chunks.chunks(1024) {
+        let local: Vec<libc::iovec> = group
+            .iter()
+            .map(|c| libc::iovec {
+                iov_base: c.as_ptr().cast_mut().cast(),
+                iov_len: c.len(),
+            })
+            .collect();
+        let total: usize = group.iter().map(|c| c.len()).sum();
+        let remote = libc::iovec {
+            iov_base: at as *mut _,
+            iov_len: total,
+        };
+        // SAFETY: the kernel only reads from the local ranges, which the slices keep alive; the remote range is checked by the kernel.
+        let n = check(unsafe { libc::process_vm_writev(pid, local.as_ptr(), local.len() as u64, &remote, 1, 0) } as i64)?;
+        if n as usize != total {
+            return Err(io::Error::new(
+                io::ErrorKind::WriteZero,
+                format!("wrote {n} of {total} bytes at {at:#x}"),
+            ));
+        }
+        at += total as u64;
+    }
+    Ok(())
+}
+
+/// /proc/PID/mem, which reaches read-only and PROT_NONE pages too (FOLL_FORCE).
+#[derive(Debug)]
+pub struct Mem {
+    pid: i32,
+    file: File,
+}
+
+impl Mem {
+    /// Opens it for reading and writing.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
+        Ok(Mem { pid, file })
+    }
+    /// Reads, by the fast way if the task may read there, else by force.
+    pub fn read(&self, addr: u64, buf: &mut [u8]) -> io::Result<()> {
+        read(self.pid, addr, buf).or_else(|_| self.file.read_exact_at(buf, addr))
+    }
+    /// Writes by force.
+    pub fn write(&self, addr: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, addr)
+    }
+}

@@ -1,0 +1,14 @@
+//! The system calls that no safe crate offers: the only unsafe code besides `arch`.
+
+pub mod mem;
+pub mod misc;
+pub mod pagemap;
+pub mod ptrace;
+pub mod region;
+
+use std::io;
+
+/// `-1` with errno to `Err`.
+pub(crate) fn check(r: libc::c_long) -> io::Result<libc::c_long> {
+    if r == -1 { Err(io::Error::last_os_error()) } else { Ok(r) }
+}

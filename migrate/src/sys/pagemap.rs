@@ -1,0 +1,180 @@
+//! Which pages of a mapping hold content: PAGEMAP_SCAN (Documentation/admin-guide/mm/pagemap.rst, Linux 6.7), or the pagemap file before it.
+
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+};
+
+const PAGE: u64 = crate::image::PAGE;
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+const _: () = assert!(size_of::<ScanArg>() == 96);
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+// _IOWR('f', 16, struct pm_scan_arg)
+const PAGEMAP_SCAN: u64 = 3 << 30 | 96 << 16 | (b'f' as u64) << 8 | 16;
+const FILE: u64 = 4;
+const PRESENT: u64 = 8;
+const SWAPPED: u64 = 16;
+const PFNZERO: u64 = 32;
+const GUARD: u64 = 256;
+
+/// Pages that share a state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    /// First byte.
+    pub start: u64,
+    /// One past the last.
+    pub end: u64,
+    /// The page is a page of the file or shmem object behind the mapping, not private.
+    pub file: bool,
+    /// A guard region (MADV_GUARD_INSTALL): touching it faults.
+    pub guard: bool,
+}
+
+/// /proc/PID/pagemap.
+#[derive(Debug)]
+pub struct Pagemap {
+    file: File,
+}
+
+impl Pagemap {
+    /// Opens it.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        Ok(Pagemap {
+            file: File::open(format!("/proc/{pid}/pagemap"))?,
+        })
+    }
+
+    /// Ranges of `start..end` that are present or swapped out, and guards. The shared zero page counts as absent.
+    pub fn populated(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
+        match self.scan(start, end, GUARD, out) {
+            // Kernels before 6.15 do not know the guard category.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => match self.scan(start, end, 0, out) {
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.read_entries(start, end, out),
+                r => r,
+            },
+            Err(e) if e.raw_os_error() == Some(libc::ENOTTY) => self.read_entries(start, end, out),
+            r => r,
+        }
+    }
+
+    fn scan(&self, start: u64, end: u64, guard: u64, out: &mut Vec<Range>) -> io::Result<()> {
+        let mut at = start;
+        let mut vec = [Region::default(); 512];
+        while at < end {
+            let mut arg = ScanArg {
+                size: 96,
+                start: at,
+                end,
+                vec: vec.as_mut_ptr() as u64,
+                vec_len: vec.len() as u64,
+                category_anyof_mask: PRESENT | SWAPPED | guard,
+                return_mask: PRESENT | SWAPPED | FILE | PFNZERO | guard,
+                ..Default::default()
+            };
+            // SAFETY: `arg` and the vector it names outlive the call; the kernel writes at most vec_len regions.
+            let n = super::check(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } as i64)?;
+            for r in &vec[..n as usize] {
+                if r.categories & guard != 0 {
+                    out.push(Range {
+                        start: r.start,
+                        end: r.end,
+                        file: false,
+                        guard: true,
+                    });
+                } else if r.categories & PFNZERO == 0 {
+                    out.push(Range {
+                        start: r.start,
+                        end: r.end,
+                        file: r.categories & FILE != 0,
+                        guard: false,
+                    });
+                }
+            }
+            if arg.walk_end <= at {
+                break;
+            }
+            at = arg.walk_end;
+        }
+        Ok(())
+    }
+
+    /// The pagemap file: 8 bytes a page; bit 63 present, 62 swapped, 61 file or shared anonymous.
+    fn read_entries(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
+        let mut buf = vec![0u8; 1 << 16];
+        let mut at = start;
+        while at < end {
+            let n = (((end - at) / PAGE) as usize).min(buf.len() / 8);
+            let got = self.file.read_at(&mut buf[..n * 8], at / PAGE * 8)? / 8;
+            if got == 0 {
+                break;
+            }
+            for e in buf[..got * 8].as_chunks::<8>().0 {
+                let e = u64::from_le_bytes(*e);
+                if e >> 62 & 3 != 0 {
+                    let file = e >> 61 & 1 != 0;
+                    match out.last_mut() {
+                        Some(l) if l.end == at && l.file == file && !l.guard && l.start >= start => l.end += PAGE,
+                        _ => out.push(Range {
+                            start: at,
+                            end: at + PAGE,
+                            file,
+                            guard: false,
+                        }),
+                    }
+                }
+                at += PAGE;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ways_agree() {
+        let mut block = vec![0u8; 64 * 4096];
+        for i in (0..block.len()).step_by(3 * 4096) {
+            block[i] = 1;
+        }
+        let start = (block.as_ptr() as u64).next_multiple_of(PAGE);
+        let end = start + 60 * PAGE;
+        let p = Pagemap::open(std::process::id() as i32).unwrap();
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        p.read_entries(start, end, &mut a).unwrap();
+        p.populated(start, end, &mut b).unwrap();
+        let pages = |v: &[Range]| v.iter().flat_map(|r| (r.start..r.end).step_by(4096)).collect::<Vec<_>>();
+        assert!(!a.is_empty());
+        // The zero page is present to the file and absent to the scan.
+        assert!(pages(&b).iter().all(|p| pages(&a).contains(p)));
+        assert!(pages(&b).len() >= 20);
+        std::hint::black_box(&mut block);
+    }
+}
