@@ -50,7 +50,7 @@ pub async fn run(arguments: Check, context: &Context) -> anyhow::Result<u8> {
         findings.process = Some(blocking(move || engine::check_process(pid)).await??);
     }
     if let Some(to) = to {
-        let _interrupts = interrupt::watch(context)?;
+        let _interrupts = interrupt::watch(context, "interrupted: wait")?;
         let cancel = context.cancel.clone();
         findings.pair = Some(engine::check_pair(pid, &to, arguments.ticket, &context.state_dir, cancel).await?);
     }

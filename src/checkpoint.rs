@@ -20,7 +20,7 @@ pub async fn run(arguments: Checkpoint, context: &Context) -> anyhow::Result<u8>
         leave_running,
         parent: arguments.parent,
     };
-    let _interrupts = interrupt::watch(context)?;
+    let _interrupts = interrupt::watch(context, "interrupted: the program goes on; wait")?;
     let (events, cancel) = (context.progress.events(), context.cancel.clone());
     let report = blocking(move || engine::checkpoint(options, events, cancel)).await??;
     let deed = Deed::Saved { dir: &dir, leave_running };

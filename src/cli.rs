@@ -11,16 +11,11 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 #[command(propagate_version = true, max_term_width = 100)]
 pub struct Cli {
     /// Where this host keeps its identity, trusted peers and journals
-    #[arg(
-        long,
-        global = true,
-        value_name = "DIR",
-        env = "MIGRATE_STATE_DIR",
-        default_value = "/var/lib/migrate"
-    )]
+    #[arg(long, global = true, value_name = "DIR", default_value = "/var/lib/migrate")]
+    #[arg(env = "MIGRATE_STATE_DIR", hide_env_values = true, help_heading = help::EVERYWHERE)]
     pub state_dir: PathBuf,
     /// Say what happens, on stderr; twice or three times for more
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = help::EVERYWHERE)]
     pub verbose: u8,
     #[command(subcommand)]
     pub command: Command,
@@ -109,7 +104,7 @@ pub struct Send {
     #[arg(value_name = "HOST:PORT", value_parser = parse::peer)]
     pub to: String,
     /// First contact: the one-time ticket of `migrate receive`; the variable keeps it out of ps
-    #[arg(long, env = "MIGRATE_TICKET", hide_env_values = true)]
+    #[arg(long, env = "MIGRATE_TICKET", hide_env_values = true, value_parser = parse::ticket)]
     pub ticket: Option<String>,
     /// How memory is moved
     #[arg(long, value_enum, default_value_t = ModeArg::Hybrid)]
@@ -245,7 +240,7 @@ pub struct Check {
     #[arg(value_name = "HOST:PORT", value_parser = parse::peer)]
     pub to: Option<String>,
     /// First contact: the one-time ticket of `migrate receive`
-    #[arg(long, env = "MIGRATE_TICKET", hide_env_values = true)]
+    #[arg(long, env = "MIGRATE_TICKET", hide_env_values = true, value_parser = parse::ticket)]
     pub ticket: Option<String>,
     #[command(flatten)]
     pub json: Json,

@@ -115,7 +115,7 @@ impl Program {
     pub fn wait(&self) -> Result<u8, Failure> {
         Err(Failure::failed("wait", self.pid, NOT_BUILT))
     }
-    /// Sends it a signal by its number.
+    /// Sends it a signal by its number. One that ended already is no failure.
     pub fn signal(&self, signal: i32) -> Result<(), Failure> {
         let _ = signal;
         Err(Failure::failed("signal", self.pid, NOT_BUILT))

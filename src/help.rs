@@ -1,5 +1,8 @@
 //! The long texts of `--help` and the manual pages.
 
+/// Heading of the options that every command has.
+pub const EVERYWHERE: &str = "Everywhere";
+
 pub const EXIT_CODES: &str = "\
 Exit codes:
   0  done
@@ -79,8 +82,8 @@ Examples:
     # migrate send 4242 10.0.0.2:7878 --ticket T
   What would happen, and how long would the freeze be?
     # migrate send 4242 10.0.0.2:7878 --dry-run
-  A freeze of 5 ms at most, half of the network left to others:
-    # migrate send $(pidof redis-server) node2:7878 --downtime-limit 5ms --bandwidth 5Gbit/s
+  A shorter freeze, and some of the network left to others:
+    # migrate send 4242 node2:7878 --downtime-limit 5ms --bandwidth 500MB/s
   Frozen while everything is copied, the simplest way:
     # migrate send 4242 node2:7878 --mode stop
 
@@ -112,7 +115,7 @@ Examples:
   The newest checkpoint in a directory:
     # migrate restore --dir /srv/images
   By name, in the background:
-    # migrate restore --dir /srv/images --name before-upgrade --detach --pid-file /run/app.pid --stdio /var/log/app.log
+    # migrate restore --dir /srv/images --name before-upgrade --detach --stdio /var/log/app.log
 
 Touched: the checkpoint is only read, and can be restored again. A damaged, truncated or newer one is refused, and \
 nothing is started. Without --detach the summary goes to stderr: stdout is the program's.";

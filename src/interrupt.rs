@@ -14,7 +14,6 @@ use tokio_util::sync::CancellationToken;
 
 const SIGTSTP: i32 = 20;
 const SUSPEND: &str = "not suspended: a program may be frozen at this moment";
-const FIRST: &str = "interrupted: undoing what was begun, wait";
 const AGAIN: &str =
     "still undoing: a program may be frozen at this moment, so this command does not stop half-way; wait, it ends by itself";
 
@@ -23,8 +22,8 @@ pub struct Interrupts {
     program: Arc<Mutex<Option<Program>>>,
 }
 
-/// Takes over the signals that would end this command.
-pub fn watch(context: &Context) -> anyhow::Result<Interrupts> {
+/// Takes over the signals that would end this command; `first` is said at the first of them.
+pub fn watch(context: &Context, first: &'static str) -> anyhow::Result<Interrupts> {
     let program = Arc::new(Mutex::new(None));
     let again = Arc::new(AtomicBool::new(false));
     for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
@@ -34,6 +33,7 @@ pub fn watch(context: &Context) -> anyhow::Result<Interrupts> {
         let handler = Handler {
             number: kind.as_raw_value(),
             program: program.clone(),
+            first,
             again: again.clone(),
             cancel: context.cancel.clone(),
             events: context.progress.events(),
@@ -60,6 +60,7 @@ impl Interrupts {
 struct Handler {
     number: i32,
     program: Arc<Mutex<Option<Program>>>,
+    first: &'static str,
     again: Arc<AtomicBool>,
     cancel: CancellationToken,
     events: Events,
@@ -77,7 +78,7 @@ impl Handler {
                 }
                 None => {
                     let first = !self.again.swap(true, Ordering::Relaxed);
-                    self.say(if first { FIRST } else { AGAIN }.to_owned());
+                    self.say(if first { self.first } else { AGAIN }.to_owned());
                     self.cancel.cancel();
                 }
             }

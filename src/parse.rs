@@ -131,6 +131,15 @@ pub fn name(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// A ticket: not empty, which is what `--ticket "$(cat MISSING)"` gives.
+pub fn ticket(text: &str) -> Result<String, String> {
+    let ticket = text.trim();
+    if ticket.is_empty() || !ticket.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err("a ticket is the one word that `migrate receive` prints".into());
+    }
+    Ok(ticket.to_owned())
+}
+
 /// `inherit`, `null` or a file.
 pub fn stdio(text: &str) -> Result<Stdio, String> {
     match text {
@@ -338,6 +347,14 @@ mod tests {
         assert!(target("redis").unwrap_err().contains("HOST:PORT"));
         assert!(target("-3").is_err());
         assert!(target("10.0.0.2").unwrap_err().contains("HOST:PORT"));
+    }
+
+    #[test]
+    fn tickets() {
+        assert_eq!(ticket("abc\n").as_deref(), Ok("abc"));
+        for bad in ["", " ", "a b", "a\x1b"] {
+            assert!(ticket(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

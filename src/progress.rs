@@ -19,6 +19,9 @@ use std::{
 /// Progress waiting to be printed beyond which more is dropped.
 const BACKLOG: usize = 32;
 
+const WITH_SIZE: &str = "{prefix:10} [{bar:24}] {percent:>3}%  {msg}";
+const WITHOUT_SIZE: &str = "{prefix:10} {msg}";
+
 /// How events are shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Style {
@@ -145,7 +148,7 @@ impl Printer {
                 Ok(json) => self.line(&json),
                 Err(error) => tracing::warn!(%error, "an event was not printed"),
             },
-            (_, Event::Note { text }) => self.line(&format!("migrate: {text}")),
+            (_, Event::Note { text }) => self.line(&format!("migrate: {}", human::printable(text))),
             (Style::Line, event) => self.draw(event),
             (Style::Plain, _) => {}
         }
@@ -167,16 +170,16 @@ impl Printer {
                 self.shared &= !matches!(*phase, "connect" | "inventory" | "preflight");
                 let phase = self.phase;
                 self.with_bar(|bar| {
+                    bar.set_style(style(WITHOUT_SIZE));
                     bar.set_prefix(phase);
                     bar.set_message("");
-                    bar.set_length(0);
-                    bar.set_position(0);
                 });
             }
             Event::Progress { round, bytes, total, rate } => {
                 let message = measures(*round, *bytes, *total, *rate);
                 let (bytes, total) = (*bytes, *total);
                 self.with_bar(|bar| {
+                    bar.set_style(style(WITH_SIZE));
                     bar.set_length(total);
                     bar.set_position(bytes.min(total));
                     bar.set_message(message);
@@ -201,9 +204,7 @@ impl Printer {
         let phase = self.phase;
         let bar = self.bar.get_or_insert_with(|| {
             let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(10));
-            if let Ok(style) = ProgressStyle::with_template("{prefix:10} [{bar:24}] {percent:>3}%  {msg}") {
-                bar.set_style(style.progress_chars("=> "));
-            }
+            bar.set_style(style(WITHOUT_SIZE));
             bar.set_prefix(phase);
             bar
         });
@@ -216,6 +217,11 @@ impl Printer {
             bar.finish_and_clear();
         }
     }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    style.progress_chars("=> ")
 }
 
 /// "round 2, 312 MB/s, 1.20 GB of 4.00 GB".

@@ -27,7 +27,7 @@ use std::{
 pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
     let stdio = checked(arguments.stdio)?;
     let shares_stdout = stdio == Stdio::Inherit;
-    let _interrupts = interrupt::watch(context)?;
+    let _interrupts = interrupt::watch(context, "interrupted: ending; a migration in progress is undone first")?;
     let receiver = Receiver::bind(arguments.listen, &context.state_dir).await?;
     let mut ticket = String::new();
     loop {

@@ -8,7 +8,7 @@ pub async fn run(arguments: Recover, context: &Context) -> anyhow::Result<u8> {
     let Some(id) = arguments.id else {
         return list(context);
     };
-    let _interrupts = interrupt::watch(context)?;
+    let _interrupts = interrupt::watch(context, "interrupted: wait")?;
     let (events, cancel) = (context.progress.events(), context.cancel.clone());
     let result = engine::recover(&context.state_dir, &id, arguments.abort, events, cancel).await?;
     context.progress.flush();

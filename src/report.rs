@@ -112,7 +112,7 @@ pub fn failure(context: &Context, failure: &Failure, stake: Stake) -> u8 {
             out::stderr(&format!("migrate: {failure}; the report was not written: {error}\n"));
         }
     } else {
-        let mut text = format!("migrate: {failure}\n");
+        let mut text = format!("migrate: {}\n", human::printable_lines(&failure.to_string()));
         if let Some(line) = aftermath(failure.class, stake, process) {
             text.push_str(&line);
             text.push('\n');
@@ -126,7 +126,14 @@ pub fn failure(context: &Context, failure: &Failure, stake: Stake) -> u8 {
 fn aftermath(class: Class, stake: Stake, process: Option<pid::State>) -> Option<String> {
     let untouched = if class == Class::Refused { "nothing was touched: " } else { "" };
     Some(match (class, stake) {
-        (Class::Unknown, Stake::Here(pid)) => format!("process {pid} is frozen and what became of it is not known: run `migrate recover`"),
+        (Class::Unknown, Stake::Here(pid)) => {
+            let here = match process? {
+                pid::State::Running => "runs here",
+                pid::State::Stopped => "is frozen here",
+                pid::State::Gone => "is gone from here",
+            };
+            format!("process {pid} {here}, and whether a copy runs elsewhere is not known: run `migrate recover`")
+        }
         (Class::Unknown, _) => "what became of the program is not known, and it may be frozen: run `migrate recover`".into(),
         (_, Stake::Here(pid)) => match process? {
             pid::State::Running => format!("{untouched}process {pid} still runs here"),

@@ -20,7 +20,7 @@ pub async fn run(arguments: Restore, context: &Context) -> anyhow::Result<u8> {
         pid_file: arguments.pid_file,
         stdio: checked(arguments.stdio)?,
     };
-    let interrupts = interrupt::watch(context)?;
+    let interrupts = interrupt::watch(context, "interrupted: ending what was started; wait")?;
     let (events, cancel) = (context.progress.events(), context.cancel.clone());
     let restored = blocking(move || engine::restore(options, events, cancel)).await??;
     if arguments.detach {

@@ -21,7 +21,10 @@ pub async fn run(arguments: Send, context: &Context) -> anyhow::Result<u8> {
         leave_running: arguments.leave_running,
         dry_run: arguments.dry_run,
     };
-    let _interrupts = interrupt::watch(context)?;
+    let _interrupts = interrupt::watch(
+        context,
+        "interrupted: the program goes on here, unless it is at the other host already; wait",
+    )?;
     let (events, cancel) = (context.progress.events(), context.cancel.clone());
     let report = engine::send(options, &arguments.to, arguments.ticket, &context.state_dir, events, cancel).await?;
     let deed = Deed::Sent {

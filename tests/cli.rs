@@ -154,6 +154,7 @@ fn usage_errors() {
     );
     usage(&["send", "1", "h:1", "--max-rounds", "0"], &["max-rounds"]);
     usage(&["send", "1", "h:1", "--dry-run", "--leave-running"], &["cannot be used with"]);
+    usage(&["send", "1", "h:1", "--ticket", ""], &["--ticket", "migrate receive"]);
     usage(&["receive", "--listen", "7878"], &["ADDR:PORT"]);
     usage(&["receive", "--listen", "0.0.0.0:99999"], &["ADDR:PORT"]);
     usage(&["checkpoint", "1"], &["--dir"]);
