@@ -62,11 +62,11 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Starts it.
-    pub fn start(style: Style) -> std::io::Result<Progress> {
+    /// Starts it. `shared`: the program will print on our terminal once it runs.
+    pub fn start(style: Style, shared: bool) -> std::io::Result<Progress> {
         let (sender, receiver) = channel();
         let waiting = Arc::new(AtomicUsize::new(0));
-        let printer = Printer::new(style, waiting.clone());
+        let printer = Printer::new(style, shared, waiting.clone());
         let thread = std::thread::Builder::new()
             .name("progress".into())
             .spawn(move || printer.run(&receiver))?;
@@ -111,17 +111,20 @@ struct Printer {
     waiting: Arc<AtomicUsize>,
     bar: Option<ProgressBar>,
     phase: &'static str,
-    /// A program shares the terminal: nothing is drawn over its output.
+    /// The program that arrives here will share the terminal.
+    shares: bool,
+    /// It does now: nothing is drawn over its output.
     shared: bool,
 }
 
 impl Printer {
-    fn new(style: Style, waiting: Arc<AtomicUsize>) -> Printer {
+    fn new(style: Style, shares: bool, waiting: Arc<AtomicUsize>) -> Printer {
         Printer {
             style,
             waiting,
             bar: None,
             phase: "",
+            shares,
             shared: false,
         }
     }
@@ -191,7 +194,7 @@ impl Printer {
             }
             Event::Running { .. } => {
                 self.clear();
-                self.shared = true;
+                self.shared = self.shares;
             }
             Event::Note { .. } => {}
         }
@@ -268,7 +271,7 @@ mod tests {
 
     #[test]
     fn flush_waits() {
-        let progress = Progress::start(Style::Plain).unwrap();
+        let progress = Progress::start(Style::Plain, false).unwrap();
         progress.events()(Event::Phase { phase: "freeze" });
         progress.flush();
         assert_eq!(progress.waiting.load(Ordering::Relaxed), 0);

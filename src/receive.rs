@@ -49,9 +49,12 @@ pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
             // Nobody was being served: an end like any other, unless a migration was asked for.
             Err(_) if context.cancel.is_cancelled() && idle && !arguments.once => return Ok(report::DONE),
             // What does not come from a migration will not pass by itself.
-            Err(failure) if arguments.once || idle => return Err(failure.into()),
+            Err(failure) if idle => return Err(failure.into()),
             Err(failure) => {
-                report::failure(context, &failure, Stake::AtSender);
+                let code = report::failure(context, &failure, Stake::AtSender);
+                if arguments.once {
+                    return Ok(code);
+                }
             }
         }
         if context.cancel.is_cancelled() {

@@ -141,7 +141,7 @@ fn aftermath(class: Class, stake: Stake, process: Option<pid::State>) -> Option<
             pid::State::Gone => return None,
         },
         (_, Stake::AtSender) => format!("{untouched}the program still runs where it was, at the sender"),
-        (_, Stake::Image) => "nothing was started, the checkpoint is as it was".into(),
+        (_, Stake::Image) => "nothing was started".into(),
         (_, Stake::Nothing) => return None,
     })
 }

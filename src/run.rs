@@ -11,7 +11,7 @@ use crate::{
     report::{self, Stake},
     restore, rm, send, show, trust,
 };
-use migrate_engine::report::{Class, Failure};
+use migrate_engine::report::{Class, Failure, Stdio};
 use std::{panic::AssertUnwindSafe, process::ExitCode, time::Duration};
 use tokio_util::sync::CancellationToken;
 
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 pub fn run(cli: Cli) -> ExitCode {
     let json = cli.command.json();
     log::start(cli.verbose, json);
-    let progress = Progress::start(Style::choose(json, cli.verbose));
+    let progress = Progress::start(Style::choose(json, cli.verbose), shares_terminal(&cli.command));
     let runtime = tokio::runtime::Runtime::new();
     let (progress, runtime) = match (progress, runtime) {
         (Ok(progress), Ok(runtime)) => (progress, runtime),
@@ -34,12 +34,12 @@ pub fn run(cli: Cli) -> ExitCode {
         cancel: CancellationToken::new(),
         progress,
     };
-    let stake = stake(&cli.command);
+    let (stake, harmless) = (stake(&cli.command), harmless(&cli.command));
     let result = std::panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(dispatch(cli.command, &context))));
     let code = match result {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => report::failure(&context, &to_failure(error, stake), stake),
-        Err(_) => report::failure(&context, &panicked(stake), stake),
+        Err(_) => report::failure(&context, &panicked(stake, harmless), stake),
     };
     context.progress.flush();
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -73,9 +73,25 @@ fn stake(command: &Command) -> Stake {
     match command {
         Command::Send(arguments) => Stake::Here(arguments.pid),
         Command::Checkpoint(arguments) => Stake::Here(arguments.pid),
-        Command::Receive(_) => Stake::AtSender,
         Command::Restore(_) => Stake::Image,
         _ => Stake::Nothing,
+    }
+}
+
+/// Nothing is stopped, started or moved by these, however they end.
+fn harmless(command: &Command) -> bool {
+    !matches!(
+        command,
+        Command::Receive(_) | Command::Send(_) | Command::Checkpoint(_) | Command::Restore(_) | Command::Recover(_)
+    )
+}
+
+/// The program that arrives prints where our progress line is.
+fn shares_terminal(command: &Command) -> bool {
+    match command {
+        Command::Receive(arguments) => arguments.stdio == Stdio::Inherit,
+        Command::Restore(arguments) => arguments.stdio == Stdio::Inherit,
+        _ => false,
     }
 }
 
@@ -88,12 +104,12 @@ fn to_failure(error: anyhow::Error, stake: Stake) -> Failure {
 }
 
 /// A bug. Where a program was at stake nobody knows how far it came.
-fn panicked(stake: Stake) -> Failure {
+fn panicked(stake: Stake, harmless: bool) -> Failure {
     let mut failure = Failure::failed("internal", 0, "an internal error, described above");
     if let Stake::Here(pid) = stake {
         failure.pid = pid;
     }
-    if stake != Stake::Nothing {
+    if !harmless {
         failure.class = Class::Unknown;
     }
     failure
