@@ -1,0 +1,116 @@
+//! From a parsed command line to an exit code.
+
+use crate::{
+    bench, check, checkpoint,
+    cli::{Cli, Command, Trust},
+    completions,
+    context::Context,
+    demo, list, log, man, out,
+    progress::{Progress, Style},
+    receive, recover,
+    report::{self, Stake},
+    restore, rm, send, show, trust,
+};
+use migrate_engine::report::{Class, Failure, Stdio};
+use std::{panic::AssertUnwindSafe, process::ExitCode, time::Duration};
+use tokio_util::sync::CancellationToken;
+
+/// Runs the command.
+pub fn run(cli: Cli) -> ExitCode {
+    let json = cli.command.json();
+    log::start(cli.verbose, json);
+    let progress = Progress::start(Style::choose(json, cli.verbose), shares_terminal(&cli.command));
+    let runtime = tokio::runtime::Runtime::new();
+    let (progress, runtime) = match (progress, runtime) {
+        (Ok(progress), Ok(runtime)) => (progress, runtime),
+        (Err(error), _) | (_, Err(error)) => {
+            out::stderr(&format!("migrate: no thread could be started: {error}\n"));
+            return ExitCode::from(report::FAILED);
+        }
+    };
+    let context = Context {
+        json,
+        state_dir: cli.state_dir,
+        cancel: CancellationToken::new(),
+        progress,
+    };
+    let (stake, harmless) = (stake(&cli.command), harmless(&cli.command));
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(dispatch(cli.command, &context))));
+    let code = match result {
+        Ok(Ok(code)) => code,
+        Ok(Err(error)) => report::failure(&context, &to_failure(error, stake), stake),
+        Err(_) => report::failure(&context, &panicked(stake, harmless), stake),
+    };
+    context.progress.flush();
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    ExitCode::from(code)
+}
+
+async fn dispatch(command: Command, context: &Context) -> anyhow::Result<u8> {
+    match command {
+        Command::Receive(arguments) => receive::run(arguments, context).await,
+        Command::Send(arguments) => send::run(arguments, context).await,
+        Command::Checkpoint(arguments) => checkpoint::run(arguments, context).await,
+        Command::Restore(arguments) => restore::run(arguments, context).await,
+        Command::List(arguments) => list::run(&arguments, context),
+        Command::Rm(arguments) => rm::run(&arguments, context),
+        Command::Show(arguments) => show::run(&arguments, context),
+        Command::Check(arguments) => check::run(arguments, context).await,
+        Command::Recover(arguments) => recover::run(arguments, context).await,
+        Command::Trust { command } => match command {
+            Trust::List { .. } => trust::list(context),
+            Trust::Add { fingerprint, name, .. } => trust::add(&fingerprint, name.as_deref(), context),
+            Trust::Remove { peer, .. } => trust::remove(&peer, context),
+        },
+        Command::Bench(arguments) => bench::run(&arguments),
+        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Completions(arguments) => completions::run(&arguments),
+        Command::Man(arguments) => man::run(&arguments),
+    }
+}
+
+fn stake(command: &Command) -> Stake {
+    match command {
+        Command::Send(arguments) => Stake::Here(arguments.pid),
+        Command::Checkpoint(arguments) => Stake::Here(arguments.pid),
+        Command::Restore(_) => Stake::Image,
+        _ => Stake::Nothing,
+    }
+}
+
+/// Nothing is stopped, started or moved by these, however they end.
+fn harmless(command: &Command) -> bool {
+    !matches!(
+        command,
+        Command::Receive(_) | Command::Send(_) | Command::Checkpoint(_) | Command::Restore(_) | Command::Recover(_)
+    )
+}
+
+/// The program that arrives prints where our progress line is.
+fn shares_terminal(command: &Command) -> bool {
+    match command {
+        Command::Receive(arguments) => arguments.stdio == Stdio::Inherit,
+        Command::Restore(arguments) => arguments.stdio == Stdio::Inherit,
+        _ => false,
+    }
+}
+
+/// The engine's own failures as they are; anything else happened around it and touched nothing.
+fn to_failure(error: anyhow::Error, stake: Stake) -> Failure {
+    let pid = if let Stake::Here(pid) = stake { pid } else { 0 };
+    error
+        .downcast::<Failure>()
+        .unwrap_or_else(|error| Failure::failed("command line", pid, format!("{error:#}")))
+}
+
+/// A bug. Where a program was at stake nobody knows how far it came.
+fn panicked(stake: Stake, harmless: bool) -> Failure {
+    let mut failure = Failure::failed("internal", 0, "an internal error, described above");
+    if let Stake::Here(pid) = stake {
+        failure.pid = pid;
+    }
+    if !harmless {
+        failure.class = Class::Unknown;
+    }
+    failure
+}
