@@ -333,6 +333,22 @@ impl Frozen {
         self.procs.clear();
     }
 
+    /// A tree of no processes.
+    pub fn nothing() -> Frozen {
+        Frozen {
+            procs: Vec::new(),
+            since: Instant::now(),
+            held: false,
+            _thread: PhantomData,
+        }
+    }
+
+    /// Ends the tracing without thawing: a held tree stays stopped by SIGSTOP.
+    pub fn let_go_stopped(mut self) {
+        self.held = false;
+        self.thaw();
+    }
+
     /// Threads in all.
     pub fn task_count(&self) -> usize {
         self.procs.iter().map(|p| p.tasks.len()).sum()

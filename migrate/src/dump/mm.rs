@@ -13,7 +13,7 @@ use std::{
     io,
     os::{
         fd::OwnedFd,
-        unix::{ffi::OsStrExt, ffi::OsStringExt, fs::MetadataExt, fs::OpenOptionsExt},
+        unix::{ffi::OsStrExt, ffi::OsStringExt, fs::OpenOptionsExt},
     },
     path::Path,
 };
@@ -35,6 +35,10 @@ pub fn vmas(
     let mut out = Vec::with_capacity(maps.len());
     for m in maps {
         if (m.start, m.end) == skip || m.name == b"[vsyscall]" {
+            continue;
+        }
+        // What an agent that was killed left behind does not belong to the program.
+        if m.name.starts_with(b"/memfd:migrate-pilot") || is_leaked_table(pid, m) {
             continue;
         }
         let place = || format!("{place} mapping {:x}-{:x} {}", m.start, m.end, String::from_utf8_lossy(&m.name));
@@ -132,20 +136,20 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCac
         let object = shared_object(&link, m, objects)?;
         return Ok(Some(Backing::Object { object, offset: m.offset, writable }));
     }
-    let meta = fs::metadata(&link).map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))?;
+    let meta = stat(&link)?;
     let path = fs::read_link(&link)?.into_os_string().into_vec();
-    if !meta.is_file() {
+    if meta.st_mode & libc::S_IFMT != libc::S_IFREG {
         return Err(Reason::Blocked("it maps a device".into(), "close the device before migrating".into()));
     }
-    if meta.nlink() == 0 {
+    if meta.st_nlink == 0 {
         let dir = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(&path))).parent().unwrap_or(Path::new("/")).to_owned();
-        let object = objects.get_or_insert(meta.dev(), meta.ino(), || {
+        let object = objects.get_or_insert(meta.st_dev, meta.st_ino, || {
             let fd = open(&link, false)?;
             Ok((
                 Object {
                     kind: ObjectKind::Unlinked { dir: dir.into_os_string().into_vec() },
-                    size: meta.size(),
-                    owner: (meta.uid(), meta.gid(), meta.mode()),
+                    size: meta.st_size as u64,
+                    owner: (meta.st_uid, meta.st_gid, meta.st_mode),
                     seals: 0,
                 },
                 fd,
@@ -154,13 +158,13 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCac
         return Ok(Some(Backing::Object { object, offset: m.offset, writable }));
     }
     let exec = m.prot & 4 != 0;
-    let key = (meta.dev(), meta.ino(), exec);
+    let key = (meta.st_dev, meta.st_ino, exec);
     let file = match cache.0.get(&key) {
         Some(f) => f.clone(),
         None => {
             let here = procfs::path(pid, "root").join(OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(&path)));
-            match fs::metadata(&here) {
-                Ok(p) if (p.dev(), p.ino()) == (meta.dev(), meta.ino()) => {}
+            match rustix::fs::stat(&here) {
+                Ok(p) if (p.st_dev, p.st_ino) == (meta.st_dev, meta.st_ino) => {}
                 _ => {
                     return Err(Reason::Blocked(
                         "the file behind it was replaced or renamed since it was mapped".into(),
@@ -179,6 +183,10 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCac
     Ok(Some(Backing::File { file, offset: m.offset, writable }))
 }
 
+fn stat(link: &str) -> io::Result<rustix::fs::Stat> {
+    rustix::fs::stat(link).map_err(|e| io::Error::new(io::Error::from(e).kind(), format!("{link}: {e}")))
+}
+
 fn open(link: &str, write: bool) -> io::Result<OwnedFd> {
     let mut o = OpenOptions::new();
     o.read(true).write(write).custom_flags(libc::O_CLOEXEC);
@@ -186,8 +194,8 @@ fn open(link: &str, write: bool) -> io::Result<OwnedFd> {
 }
 
 fn shared_object(link: &str, m: &Mapping, objects: &mut ObjectTable) -> Result<u32, Reason> {
-    let meta = fs::metadata(link).map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))?;
-    Ok(objects.get_or_insert(meta.dev(), meta.ino(), || {
+    let meta = stat(link)?;
+    Ok(objects.get_or_insert(meta.st_dev, meta.st_ino, || {
         let fd = open(link, false)?;
         let (kind, seals) = match m.name.strip_prefix(b"/memfd:") {
             Some(n) => {
@@ -196,7 +204,7 @@ fn shared_object(link: &str, m: &Mapping, objects: &mut ObjectTable) -> Result<u
             }
             None => (ObjectKind::SharedAnonymous, 0),
         };
-        Ok((Object { kind, size: meta.size(), owner: (meta.uid(), meta.gid(), meta.mode()), seals }, fd))
+        Ok((Object { kind, size: meta.st_size as u64, owner: (meta.st_uid, meta.st_gid, meta.st_mode), seals }, fd))
     })?)
 }
 

@@ -12,10 +12,7 @@ use crate::{
 use std::{
     collections::HashMap,
     io,
-    os::{
-        fd::OwnedFd,
-        unix::{ffi::OsStrExt, fs::MetadataExt},
-    },
+    os::{fd::OwnedFd, unix::ffi::OsStrExt},
     path::Path,
 };
 
@@ -151,8 +148,8 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         let vmas = mm::vmas(p.pid, &here, &maps, a.table, &mut objects, &mut cache, &mut blockers)?;
         let pkeys = vmas.iter().fold(0u16, |k, v| k | 1 << v.pkey) & !1;
         let exe = std::fs::read_link(procfs::path(p.pid, "exe"))?;
-        let exe_meta = std::fs::metadata(procfs::path(p.pid, "exe"))?;
-        if exe_meta.nlink() == 0 {
+        let exe_meta = rustix::fs::stat(procfs::path(p.pid, "exe")).map_err(io::Error::from)?;
+        if exe_meta.st_nlink == 0 {
             blockers.push(Blocker::new(&here, format!("its executable {} was deleted or replaced", exe.display()), "restart it from the present file"));
         }
         let exe = files::file_id(exe.as_os_str().as_bytes(), &exe_meta);
@@ -185,8 +182,8 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
             })
             .collect::<io::Result<Vec<_>>>()?;
         let cwd = std::fs::read_link(procfs::path(p.pid, "cwd"))?;
-        let cwd_meta = std::fs::metadata(procfs::path(p.pid, "cwd"))?;
-        if cwd_meta.nlink() == 0 {
+        let cwd_meta = rustix::fs::stat(procfs::path(p.pid, "cwd")).map_err(io::Error::from)?;
+        if cwd_meta.st_nlink == 0 {
             blockers.push(Blocker::new(&here, "its working directory was deleted", "let it change to a directory that exists"));
         }
         sources.push((processes.len(), fds::Source { pid: p.pid, inner_pid: st.inner_tgid() }));
@@ -249,7 +246,7 @@ fn zombie(p: &Proc, st: &status::Status) -> Process {
         threads: Vec::new(),
         mm: 0,
         fds: Vec::new(),
-        cwd: files::nowhere(),
+        cwd: Default::default(),
         umask: 0,
         sigactions: Vec::new(),
         pending: Vec::new(),

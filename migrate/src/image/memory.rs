@@ -129,7 +129,7 @@ pub struct VmaFlags {
 }
 
 /// A file both hosts must have, and what proves that it is the same one.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FileId {
     /// Absolute path, bytes as the kernel gives them.
     #[serde(with = "serde_bytes")]

@@ -134,7 +134,7 @@ mod tests {
             threads: vec![],
             mm: 0,
             fds: vec![],
-            cwd: crate::dump::files::nowhere(),
+            cwd: Default::default(),
             umask: 0,
             sigactions: vec![],
             pending: vec![],

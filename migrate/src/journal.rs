@@ -1,0 +1,260 @@
+//! What has to outlive an agent: one small file a migration and side, in `STATE_DIR/journal`.
+//!
+//! ```text
+//! +0   magic "migrate journal\n"     +64  decision word, little endian (destination: 0 undecided, 1 released, 2 dead)
+//! +128 JSON text, zero padded to the page
+//! ```
+//! The decision word of the destination's file is mapped into every task of the copy: the store that releases them *is* the journal entry, so no crash
+//! of the agent can fall between the two. Nothing is synced to disk: whatever a journal speaks of dies with the host it ran on, and the boot
+//! id in it tells.
+
+use crate::{procfs::stat, restore::pilots::WORD};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+const MAGIC: &[u8; 16] = b"migrate journal\n";
+const TEXT: u64 = 128;
+const LEN: u64 = 4096;
+
+/// Which side wrote it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// The source, which holds the originals stopped.
+    Source,
+    /// The destination.
+    Destination,
+}
+
+/// How far it had come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Source: about to hand over, or handed over. Destination: committed.
+    Committed,
+    /// The copy runs.
+    Running,
+    /// The copy is dead or never was.
+    Aborted,
+}
+
+/// The text of a journal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Migration.
+    pub id: String,
+    /// Side.
+    pub side: Side,
+    /// Stage.
+    pub stage: Stage,
+    /// (pid, start time) of every process on this side: a process is the same only if both agree.
+    pub processes: Vec<(i32, u64)>,
+    /// The other agent's HOST:PORT, for the source.
+    pub peer: String,
+    /// Unix seconds.
+    pub since: u64,
+    /// /proc/sys/kernel/random/boot_id.
+    pub boot_id: String,
+}
+
+/// An open journal file. It stays when dropped; [`Journal::remove`] ends it.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+}
+
+fn dir(state_dir: &Path) -> PathBuf {
+    state_dir.join("journal")
+}
+
+fn path(state_dir: &Path, id: &str, side: Side) -> PathBuf {
+    let side = if side == Side::Source { "source" } else { "destination" };
+    dir(state_dir).join(format!("{id}.{side}"))
+}
+
+/// Whether a string can be a migration's id: it becomes part of a file name.
+pub fn valid_id(id: &str) -> bool {
+    id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// The (pid, start time) of processes that exist.
+pub fn identify(pids: &[i32]) -> Vec<(i32, u64)> {
+    pids.iter().filter_map(|&p| stat::read(p).ok().map(|s| (p, s.start_time))).collect()
+}
+
+/// This boot.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_owned()).unwrap_or_default()
+}
+
+impl Journal {
+    /// Makes a journal, mode 0600, under its final name only when whole.
+    pub fn create(state_dir: &Path, entry: &Entry) -> io::Result<Journal> {
+        if !valid_id(&entry.id) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{:?} is not an id of a migration", entry.id)));
+        }
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir(state_dir))?;
+        let path = path(state_dir, &entry.id, entry.side);
+        static SERIAL: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let serial = SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let temporary = path.with_extension(format!("tmp-{}-{serial}", std::process::id()));
+        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.set_len(LEN)?;
+        file.write_all(MAGIC)?;
+        let mut j = Journal { path: temporary.clone(), file };
+        j.update(entry)?;
+        // Unlike a rename, a link never replaces: whoever comes first with an id has it.
+        let linked = fs::hard_link(&temporary, &path);
+        fs::remove_file(&temporary)?;
+        linked?;
+        j.path = path;
+        Ok(j)
+    }
+
+    /// Decides against a migration this side has not begun, for good: a late beginning finds the id taken.
+    pub fn refuse(state_dir: &Path, id: &str) -> io::Result<()> {
+        let entry = Entry {
+            id: id.to_owned(),
+            side: Side::Destination,
+            stage: Stage::Aborted,
+            processes: Vec::new(),
+            peer: String::new(),
+            since: crate::sys::misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
+            boot_id: boot_id(),
+        };
+        let j = Self::create(state_dir, &entry)?;
+        j.file.write_all_at(&2u32.to_le_bytes(), WORD as u64)
+    }
+
+    /// Rewrites the text; the decision word stays.
+    pub fn update(&mut self, entry: &Entry) -> io::Result<()> {
+        let mut text = serde_json::to_vec(entry)?;
+        let room = (LEN - TEXT) as usize;
+        if text.len() > room {
+            // A very large tree: the root alone identifies it.
+            let mut short = entry.clone();
+            short.processes.truncate(64);
+            text = serde_json::to_vec(&short)?;
+        }
+        text.resize(room, 0);
+        self.file.write_all_at(&text, TEXT)
+    }
+
+    /// The file, whose first page holds the decision word.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The decision word.
+    pub fn decision(&self) -> io::Result<u32> {
+        let mut b = [0; 4];
+        self.file.read_exact_at(&mut b, WORD as u64)?;
+        Ok(u32::from_le_bytes(b))
+    }
+
+    /// Reads one.
+    pub fn open(state_dir: &Path, id: &str, side: Side) -> io::Result<(Journal, Entry)> {
+        if !valid_id(id) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, format!("{id:?} is not an id of a migration")));
+        }
+        Self::open_path(path(state_dir, id, side))
+    }
+
+    fn open_path(path: PathBuf) -> io::Result<(Journal, Entry)> {
+        let file = OpenOptions::new().read(true).write(true).open(&path)?;
+        let mut page = vec![0; LEN as usize];
+        file.read_exact_at(&mut page, 0)?;
+        if &page[..16] != MAGIC {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is not a journal", path.display())));
+        }
+        let text = &page[TEXT as usize..];
+        let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
+        let entry = serde_json::from_slice(&text[..end])?;
+        Ok((Journal { path, file }, entry))
+    }
+
+    /// All journals of a state directory, damaged ones left out.
+    pub fn list(state_dir: &Path) -> io::Result<Vec<Entry>> {
+        let mut out = Vec::new();
+        let entries = match fs::read_dir(dir(state_dir)) {
+            Ok(e) => e,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(out),
+            Err(e) => return Err(e),
+        };
+        for e in entries {
+            let p = e?.path();
+            if p.extension().is_some_and(|x| x == "source" || x == "destination")
+                && let Ok((_, entry)) = Self::open_path(p)
+            {
+                out.push(entry);
+            }
+        }
+        out.sort_by(|a, b| a.since.cmp(&b.since).then(a.id.cmp(&b.id)));
+        Ok(out)
+    }
+
+    /// Ends it.
+    pub fn remove(self) -> io::Result<()> {
+        fs::remove_file(&self.path)
+    }
+}
+
+impl Entry {
+    /// Processes of it that are still there.
+    pub fn alive(&self) -> Vec<i32> {
+        if self.boot_id != boot_id() {
+            return Vec::new();
+        }
+        self.processes.iter().filter(|(pid, start)| stat::read(*pid).is_ok_and(|s| s.start_time == *start)).map(|(p, _)| *p).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str) -> Entry {
+        Entry {
+            id: id.into(),
+            side: Side::Source,
+            stage: Stage::Committed,
+            processes: identify(&[std::process::id() as i32]),
+            peer: "h:1".into(),
+            since: 7,
+            boot_id: boot_id(),
+        }
+    }
+
+    #[test]
+    fn a_journal_comes_back() {
+        let d = tempfile::tempdir().unwrap();
+        let id = "0123456789abcdef0123456789abcdef";
+        let mut e = entry(id);
+        let mut j = Journal::create(d.path(), &e).unwrap();
+        assert_eq!(j.decision().unwrap(), 0);
+        j.file().write_all_at(&1u32.to_le_bytes(), WORD as u64).unwrap();
+        e.stage = Stage::Running;
+        j.update(&e).unwrap();
+        let (j, read) = Journal::open(d.path(), id, Side::Source).unwrap();
+        assert_eq!((read.clone(), j.decision().unwrap()), (e, 1));
+        assert_eq!(read.alive(), vec![std::process::id() as i32]);
+        assert_eq!(Journal::list(d.path()).unwrap().len(), 1);
+        j.remove().unwrap();
+        assert!(Journal::list(d.path()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn ids_cannot_leave_the_directory() {
+        let d = tempfile::tempdir().unwrap();
+        for id in ["../../etc/passwd", "", "0123456789abcdef0123456789abcde/"] {
+            assert!(Journal::create(d.path(), &entry(id)).is_err());
+            assert!(Journal::open(d.path(), id, Side::Source).is_err());
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! What the two agents say on the control stream. Every message is a section of (kind, version) with a bincode payload.
+//!
+//! ```text
+//! source                      destination
+//!   Inventory  ------------------>            preflight: nothing is created yet
+//!              <------------------ Accept | Refuse
+//!   State      ------------------>            everything but the pages
+//!   pages      ==================>            on a stream of their own
+//!   Handover   ------------------>            from here the destination decides
+//!              <------------------ Running | Aborted
+//!   Query      ------------------>            on a new connection, when the answer was lost
+//!              <------------------ Running | Aborted | Pending
+//! ```
+
+use crate::{
+    blocker::Blocker,
+    image::{Host, Tree, codec},
+};
+use migrate_transport::{Link, LinkError, Section};
+use serde::{Deserialize, Serialize};
+
+/// Revision of every message here.
+pub const VERSION: u16 = 1;
+
+/// A message.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Message {
+    /// The running tree, for preflight.
+    Inventory(Inventory),
+    /// It can come.
+    Accept(Accept),
+    /// It cannot.
+    Refuse(Vec<Blocker>),
+    /// The frozen tree.
+    State(Box<State>),
+    /// Everything was sent; the destination decides from here on.
+    Handover(Handover),
+    /// The copy runs.
+    Running(Running),
+    /// The copy is dead, the source may go on; with the reason.
+    Aborted(String),
+    /// What became of a migration?
+    Query(String),
+    /// It is not decided yet.
+    Pending,
+}
+
+/// A running tree as the source sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Inventory {
+    /// Id of the migration, 32 hex digits.
+    pub id: String,
+    /// Partial state: no registers, no queues.
+    pub tree: Tree,
+    /// Preflight only.
+    pub check_only: bool,
+    /// The original goes on running, so exclusive things cannot be shared with it.
+    pub leave_running: bool,
+}
+
+/// The destination is ready.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accept {
+    /// The destination.
+    pub host: Host,
+    /// A fresh pid namespace will be used, because pids are taken.
+    pub fresh_pids: bool,
+}
+
+/// The frozen tree.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Everything but pages.
+    pub tree: Tree,
+    /// Guard regions by address space.
+    pub guards: Vec<Vec<(u64, u64)>>,
+    /// Bytes of pages that follow.
+    pub bytes: u64,
+    /// Hashes of all pages come with the handover.
+    pub verify: bool,
+}
+
+/// The end of what the source sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    /// Pages with content that were sent.
+    pub pages: u64,
+    /// Zero pages that were sent.
+    pub zero: u64,
+    /// Hashes of every page at the freeze, when asked for: (space, address, first 8 bytes of blake3).
+    pub hashes: Option<Vec<(u32, u64, u64)>>,
+}
+
+/// The copy runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Running {
+    /// Root pid in the destination agent's namespace.
+    pub pid: i32,
+    /// Milliseconds spent on building the copy after the state had arrived.
+    pub restore_ms: f64,
+}
+
+impl Message {
+    fn kind(&self) -> u16 {
+        match self {
+            Message::Inventory(_) => 1,
+            Message::Accept(_) => 2,
+            Message::Refuse(_) => 3,
+            Message::State(_) => 4,
+            Message::Handover(_) => 5,
+            Message::Running(_) => 6,
+            Message::Aborted(_) => 7,
+            Message::Query(_) => 8,
+            Message::Pending => 9,
+        }
+    }
+
+    /// For messages: what it is called.
+    pub fn name(&self) -> &'static str {
+        ["?", "Inventory", "Accept", "Refuse", "State", "Handover", "Running", "Aborted", "Query", "Pending"][self.kind() as usize]
+    }
+}
+
+/// Why a message could not be exchanged.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The link failed.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The peer sent something this side does not understand.
+    #[error("the other side sent {0}")]
+    Protocol(String),
+}
+
+/// Sends a message.
+pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
+    let payload = codec::encode(m).map_err(|e| WireError::Protocol(format!("nothing: {} does not encode: {e}", m.name())))?;
+    Ok(link.send(Section { kind: m.kind(), version: VERSION, payload: payload.into() }).await?)
+}
+
+/// Receives a message.
+pub async fn recv<L: Link>(link: &mut L) -> Result<Message, WireError> {
+    let s = link.recv().await?;
+    if s.version != VERSION {
+        return Err(WireError::Protocol(format!("message {} in version {}, this side knows {VERSION}", s.kind, s.version)));
+    }
+    let m: Message = codec::decode(&s.payload).map_err(|e| WireError::Protocol(format!("a message of kind {}: {e}", s.kind)))?;
+    if m.kind() != s.kind {
+        return Err(WireError::Protocol(format!("a {} labelled as kind {}", m.name(), s.kind)));
+    }
+    Ok(m)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_and_names_agree() {
+        assert_eq!(Message::Pending.name(), "Pending");
+        assert_eq!(Message::Aborted(String::new()).name(), "Aborted");
+    }
+}
