@@ -1,0 +1,2 @@
+//! /proc files to types: pure functions of bytes.
+pub mod fdinfo;

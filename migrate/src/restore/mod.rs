@@ -1,0 +1,2 @@
+//! Rebuilding a tree: one file a resource kind.
+pub mod fds;

@@ -1,0 +1,2 @@
+//! The system calls no safe wrapper covers: the only unsafe code.
+pub mod fdcalls;
