@@ -270,3 +270,24 @@ pub fn epoll_add(epoll: BorrowedFd<'_>, number: RawFd, events: u32, data: u64) -
     check(unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, number, &raw mut event) as libc::c_long })?;
     Ok(())
 }
+
+/// signalfd4(2) with the kernel's own 64-bit mask: bit n-1 for signal n, real-time ones too.
+pub fn signalfd(mask: u64) -> io::Result<OwnedFd> {
+    // SAFETY: the kernel only reads the eight bytes of the mask.
+    let fd = check(unsafe { libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, size_of::<u64>(), libc::SFD_CLOEXEC) })?;
+    // SAFETY: the call succeeded, so this is a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Watches a path with inotify, whatever bits the mask has (inotify_add_watch(2)); returns the watch descriptor.
+pub fn inotify_add(fd: impl AsFd, path: &std::ffi::CStr, mask: u32) -> io::Result<i32> {
+    // SAFETY: the path ends in a zero and lives until the call returns.
+    Ok(check(unsafe { libc::inotify_add_watch(fd.as_fd().as_raw_fd(), path.as_ptr(), mask) as libc::c_long })? as i32)
+}
+
+/// Removes a watch (inotify_rm_watch(2)).
+pub fn inotify_remove(fd: impl AsFd, wd: i32) -> io::Result<()> {
+    // SAFETY: takes integers only.
+    check(unsafe { libc::inotify_rm_watch(fd.as_fd().as_raw_fd(), wd) as libc::c_long })?;
+    Ok(())
+}
