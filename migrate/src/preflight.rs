@@ -59,7 +59,7 @@ pub fn tree(tree: &Tree, stdio: &Stdio) -> (Vec<Blocker>, bool) {
         out.push(Blocker::new("the tree", reason, "wait until the processes concerned have ended"));
     }
     files(tree, &mut out);
-    fds::preflight(&tree.descriptions, &tree.objects, stdio, &mut out);
+    fds::preflight(tree.into(), &mut out);
     rights(tree, &mut out);
     let free = rebuild::pids_free(tree);
     (out, !free)
@@ -78,10 +78,10 @@ fn files(tree: &Tree, out: &mut Vec<Blocker>) {
             }
         };
         check("executable", &mm.exe, fds::FileUse::Read);
-        check("working directory", &p.cwd, fds::FileUse::Directory);
+        check("working directory", &p.cwd, fds::FileUse::Read);
         for v in &mm.vmas {
             if let Backing::File { file, writable, .. } = &v.backing {
-                check("mapped file", file, if *writable && v.shared { fds::FileUse::Write } else { fds::FileUse::Read });
+                check("mapped file", file, if *writable && v.shared { fds::FileUse::Write { frozen: false } } else { fds::FileUse::Read });
             }
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! /proc is distrusted like a peer: a task may vanish between two reads, and names are chosen by the program (proc(5)).
 
+pub mod fdinfo;
 pub mod maps;
 pub mod stat;
 pub mod status;

@@ -2,10 +2,11 @@
 
 use super::pilots::{Batch, PilotError, Pilots};
 use crate::{
-    image::{Backing, Mm, PAGE, Vma},
+    image::{Backing, FileId, Mm, PAGE, Vma},
     procfs::maps,
     sys::misc,
 };
+use super::fds::{FileUse, same_file};
 
 const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 const MAP_DROPPABLE: u64 = 0x08;
@@ -207,4 +208,13 @@ pub fn validate(mm: &Mm) -> Result<(), PilotError> {
         last = v.end;
     }
     Ok(())
+}
+
+/// Opens a file that a mapping or an executable needs, and proves that it is the one the source had.
+pub fn open_mapped(file: &FileId, write: bool) -> std::io::Result<std::fs::File> {
+    let path = crate::dump::files::as_path(&file.path);
+    let fail = |m: String| std::io::Error::other(format!("{}: {m}", path.display()));
+    let usage = if write { FileUse::Write { frozen: true } } else { FileUse::Read };
+    same_file(file, usage).map_err(fail)?;
+    std::fs::OpenOptions::new().read(true).write(write).open(path).map_err(|e| fail(e.to_string()))
 }

@@ -322,7 +322,7 @@ impl Rebuild {
                     let write = *writable && v.shared;
                     let key = (file.path.clone(), write);
                     if !index.contains_key(&key) {
-                        let f = fds::open_mapped(file, write, v.prot & 4 != 0).map_err(|e| PilotError::agent("open a mapped file")(io::Error::other(e)))?;
+                        let f = mm::open_mapped(file, write).map_err(|e| PilotError::agent("open a mapped file")(io::Error::other(e)))?;
                         index.insert(key, raw.len() as u64);
                         raw.push(f.as_raw_fd());
                         files.push(f);
@@ -338,7 +338,7 @@ impl Rebuild {
                 _ => {}
             }
         }
-        let exe = fds::open_mapped(&mm.exe, false, true).map_err(|e| PilotError::agent("open the executable")(io::Error::other(e)))?;
+        let exe = mm::open_mapped(&mm.exe, false).map_err(|e| PilotError::agent("open the executable")(io::Error::other(e)))?;
         let exe_fd = raw.len() as u64;
         raw.push(exe.as_raw_fd());
         self.give(i, &raw)?;
@@ -385,12 +385,20 @@ impl Rebuild {
     }
 
     fn complete_with(&mut self, tree: &Tree, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
-        let built = fds::build(tree, &self.objects, stdio).map_err(|e| PilotError::agent("rebuild descriptors")(io::Error::other(e)))?;
+        let failed = |e: fds::RestoreError| PilotError::agent("rebuild descriptors")(io::Error::other(e));
+        let mut built = fds::build(tree.into(), &self.objects, stdio).map_err(failed)?;
+        let agent_pid = |id: i32| {
+            let process = tree.processes.iter().position(|p| p.pid == id).map(|i| self.pids[i]);
+            // Threads have the same numbers on both sides, except in a fresh namespace.
+            process.or_else(|| (!self.fresh).then_some(id))
+        };
+        fds::open_pidfds(&tree.descriptions, &mut built, agent_pid).map_err(failed)?;
+        fds::set_owners(&tree.descriptions, &built, agent_pid).map_err(failed)?;
         let live: Vec<usize> = (0..tree.processes.len()).filter(|&i| tree.processes[i].zombie.is_none()).collect();
         for &i in &live {
             self.descriptors(i, tree, &built.fds)?;
         }
-        self.epolls(tree, &live)?;
+        self.epolls(tree, &live, &built)?;
         fds::seal_objects(&tree.objects, &self.objects).map_err(|e| PilotError::agent("seal memfds")(io::Error::other(e)))?;
         drop(built);
         for &i in &live {
@@ -456,12 +464,12 @@ impl Rebuild {
     }
 
     /// The process's descriptor table: received in order, moved to their numbers from the highest down.
-    fn descriptors(&mut self, i: usize, tree: &Tree, built: &[OwnedFd]) -> Result<(), PilotError> {
+    fn descriptors(&mut self, i: usize, tree: &Tree, built: &[Option<OwnedFd>]) -> Result<(), PilotError> {
         let p = &tree.processes[i];
         let raw: Vec<RawFd> = p
             .fds
             .iter()
-            .map(|f| built.get(f.description as usize).map(AsRawFd::as_raw_fd))
+            .map(|f| built.get(f.description as usize)?.as_ref().map(AsRawFd::as_raw_fd))
             .collect::<Option<_>>()
             .ok_or_else(|| PilotError::agent("rebuild descriptors")(io::ErrorKind::InvalidData.into()))?;
         self.give(i, &raw)?;
@@ -486,26 +494,18 @@ impl Rebuild {
         for k in (0..p.fds.len() as i32).filter(|k| !wanted.contains(k)) {
             push("close", libc::SYS_close, &[k as u64]);
         }
-        // struct f_owner_ex names in-tree ids, valid inside.
-        let mut owners = Batch::new();
-        for f in &p.fds {
-            let d = &tree.descriptions[f.description as usize];
-            if let Some((kind, id)) = d.owner {
-                let at = owners.data(&[kind.to_le_bytes(), id.to_le_bytes()].concat());
-                owners.call("F_SETOWN_EX", libc::SYS_fcntl, &[f.fd as u64, libc::F_SETOWN_EX as u64, at]);
-            }
-        }
-        if !owners.is_empty() {
-            batches.push(owners);
-        }
         for b in &batches {
             self.pilots.run(slot, b)?;
         }
         Ok(())
     }
 
-    /// Registers what each epoll instance watched, from a process that has it open.
-    fn epolls(&mut self, tree: &Tree, live: &[usize]) -> Result<(), PilotError> {
+    /// Registers what each epoll instance watched.
+    ///
+    /// From inside a process that has all of it open, because a signalfd tells only the process that registered it; where none has, the
+    /// agent does it.
+    fn epolls(&mut self, tree: &Tree, live: &[usize], built: &fds::Built) -> Result<(), PilotError> {
+        let mut rest = tree.descriptions.clone();
         for (d, desc) in tree.descriptions.iter().enumerate() {
             let Kind::Epoll { entries } = &desc.kind else { continue };
             // The numbers in the entries are those of the process whose table matches all of them.
@@ -514,12 +514,8 @@ impl Rebuild {
                 let ep = fds.iter().find(|f| f.description as usize == d)?;
                 entries.iter().all(|e| fds.iter().any(|f| f.fd == e.fd && f.description == e.description)).then_some((i, ep.fd))
             });
-            let Some((i, ep)) = holder else {
-                if entries.is_empty() {
-                    continue;
-                }
-                return Err(PilotError::agent("rebuild an epoll instance")(io::Error::other("no process has all of its descriptors")));
-            };
+            let Some((i, ep)) = holder else { continue };
+            rest[d].kind = Kind::Epoll { entries: Vec::new() };
             let slot = self.slots[i][0];
             let (records, _) = self.pilots.capacity(slot);
             for group in entries.chunks(records - 8) {
@@ -528,12 +524,18 @@ impl Rebuild {
                     // struct epoll_event is packed: u32 events, u64 data.
                     let at = b.data(&[&e.events.to_le_bytes()[..], &e.data.to_le_bytes()].concat());
                     let args = [ep as u64, libc::EPOLL_CTL_ADD as u64, e.fd as u64, at];
-                    b.call(format!("epoll_ctl add {}", e.fd), libc::SYS_epoll_ctl, &args);
+                    let what = format!("epoll_ctl add {}", e.fd);
+                    // The receiver's stream may be a file, which cannot be polled.
+                    if matches!(tree.descriptions.get(e.description as usize).map(|d| &d.kind), Some(Kind::Stdio { .. })) {
+                        b.call_or(what, libc::EPERM, libc::SYS_epoll_ctl, &args);
+                    } else {
+                        b.call(what, libc::SYS_epoll_ctl, &args);
+                    }
                 }
                 self.pilots.run(slot, &b)?;
             }
         }
-        Ok(())
+        fds::fill_epoll(&rest, built).map_err(|e| PilotError::agent("rebuild an epoll instance")(io::Error::other(e)))
     }
 
     fn threads(&mut self, i: usize, tree: &Tree) -> Result<(), PilotError> {

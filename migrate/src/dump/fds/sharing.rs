@@ -1,0 +1,93 @@
+//! Which descriptors share one open file description.
+//!
+//! Only descriptors that look equal (same link, offset, flags, fdinfo) are compared, with kcmp(2). Its order lets each be placed by binary
+//! search: n descriptors of k descriptions cost n log k calls, so neither a large table nor many processes with inherited ones are slow.
+
+use super::{DumpError, Mode, Source, table::Raw};
+use crate::sys::fdcalls;
+use std::{cmp::Ordering, collections::HashMap};
+
+/// An open file description and the descriptors that refer to it.
+#[derive(Debug)]
+pub(super) struct Open {
+    /// Indices into the raw table, ascending; never empty.
+    pub holders: Vec<usize>,
+}
+
+impl Open {
+    /// The descriptor it is looked at through.
+    pub fn first(&self) -> usize {
+        self.holders[0]
+    }
+}
+
+/// Finds the descriptions, ordered by their first descriptor.
+pub(super) fn group(sources: &[Source], raws: &[Raw], mode: Mode) -> Result<Vec<Open>, DumpError> {
+    let mut alike: HashMap<u64, Vec<usize>> = HashMap::with_capacity(raws.len());
+    for (i, raw) in raws.iter().enumerate() {
+        alike.entry(raw.key).or_default().push(i);
+    }
+    let mut opens = Vec::with_capacity(alike.len());
+    for members in alike.into_values() {
+        if members.len() == 1 {
+            opens.push(Open { holders: members });
+            continue;
+        }
+        // Sorted by the kernel's order.
+        let mut found: Vec<Open> = Vec::new();
+        for i in members {
+            match position(sources, raws, &found, i) {
+                Ok(Ok(at)) => found[at].holders.push(i),
+                Ok(Err(at)) => found.insert(at, Open { holders: vec![i] }),
+                // Closed meanwhile.
+                Err(_) if mode == Mode::Inventory => {}
+                Err(e) => return Err(DumpError::new(sources[raws[i].process].pid, raws[i].fd, "kcmp", e)),
+            }
+        }
+        opens.append(&mut found);
+    }
+    opens.sort_unstable_by_key(Open::first);
+    Ok(opens)
+}
+
+fn position(sources: &[Source], raws: &[Raw], found: &[Open], i: usize) -> std::io::Result<Result<usize, usize>> {
+    let of = |r: &Raw| (sources[r.process].pid, r.fd);
+    let (mut low, mut high) = (0, found.len());
+    while low < high {
+        let middle = (low + high) / 2;
+        match fdcalls::compare_files(of(&raws[found[middle].first()]), of(&raws[i]))? {
+            Ordering::Equal => return Ok(Ok(middle)),
+            Ordering::Less => low = middle + 1,
+            Ordering::Greater => high = middle,
+        }
+    }
+    Ok(Err(low))
+}
+
+/// Pairs of tasks of different processes that share one descriptor table (clone(2), CLONE_FILES): indices into `sources`.
+pub(super) fn shared_tables(sources: &[Source]) -> Vec<(usize, usize)> {
+    let mut sorted: Vec<usize> = Vec::new();
+    let mut shared = Vec::new();
+    for i in 0..sources.len() {
+        let (mut low, mut high) = (0, sorted.len());
+        let mut equal = None;
+        while low < high {
+            let middle = (low + high) / 2;
+            match fdcalls::compare_tables(sources[sorted[middle]].pid, sources[i].pid) {
+                Ok(Ordering::Less) => low = middle + 1,
+                Ok(Ordering::Greater) => high = middle,
+                Ok(Ordering::Equal) => {
+                    equal = Some(sorted[middle]);
+                    break;
+                }
+                // A process that is gone or has no table shares none.
+                Err(_) => break,
+            }
+        }
+        match equal {
+            Some(other) => shared.push((other, i)),
+            None => sorted.insert(low, i),
+        }
+    }
+    shared
+}
