@@ -542,7 +542,7 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
     let State { tree, guards, bytes, .. } = image.state()?;
     drop(image);
     events(Event::Phase { phase: "preflight" });
-    let (blockers, fresh) = crate::preflight::tree(&tree, &options.stdio);
+    let (blockers, fresh) = crate::preflight::tree(&tree);
     if !blockers.is_empty() {
         return Err(Failure::refused("preflight", 0, format!("checkpoint {name} cannot run here"), blockers));
     }

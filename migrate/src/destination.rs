@@ -70,8 +70,7 @@ pub async fn serve<L: Link>(
     let id = inv.id.clone();
     let check_only = inv.check_only;
     let (blockers, host) = {
-        let stdio = stdio.clone();
-        tokio::task::spawn_blocking(move || (preflight::tree(&inv.tree, &stdio), dump::host::host()))
+        tokio::task::spawn_blocking(move || (preflight::tree(&inv.tree), dump::host::host()))
             .await
             .map_err(|e| Failure::failed("preflight", 0, e))?
     };
@@ -341,6 +340,6 @@ fn decide_against(journal: &Journal) -> bool {
 }
 
 /// Whether a tree fits this host as far as it can tell alone; for `migrate check`.
-pub fn fits(tree: &Tree, stdio: &Stdio) -> Vec<crate::blocker::Blocker> {
-    preflight::tree(tree, stdio).0
+pub fn fits(tree: &Tree) -> Vec<crate::blocker::Blocker> {
+    preflight::tree(tree).0
 }

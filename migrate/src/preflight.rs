@@ -5,7 +5,6 @@ use crate::{
     dump,
     image::{Backing, Host, Process, Tree},
     procfs::status,
-    report::Stdio,
     restore::{fds, plan, rebuild},
 };
 use std::collections::BTreeSet;
@@ -50,7 +49,7 @@ pub fn host(theirs: &Host, ours: &Host) -> Vec<Blocker> {
 }
 
 /// Everything this host can tell about a tree that wants to come, and whether it would need a fresh pid namespace.
-pub fn tree(tree: &Tree, stdio: &Stdio) -> (Vec<Blocker>, bool) {
+pub fn tree(tree: &Tree) -> (Vec<Blocker>, bool) {
     let mut out = match dump::host::host() {
         Ok(ours) => host(&tree.host, &ours),
         Err(e) => vec![Blocker::new("this host", format!("cannot be examined: {e}"), "see whether /proc is mounted")],

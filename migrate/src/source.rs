@@ -189,7 +189,7 @@ fn freeze_once(pid: i32, host: Host) -> Result<Result<Snapshot, Vec<Blocker>>, F
 
 /// Lets the frozen tree go on.
 pub async fn thaw(tracer: &Tracer) {
-    let _ = tracer.call(|| HELD.with(|h| h.borrow_mut().take())).await.map(drop);
+    let _ = tracer.call(|| HELD.with(|h| drop(h.borrow_mut().take()))).await;
 }
 
 /// Kills the frozen originals.
@@ -412,7 +412,7 @@ impl Held {
                 let _ = inj.leave(leader);
             }
         }
-        self.frozen.let_go_stopped();
+        std::mem::replace(&mut self.frozen, Frozen::nothing()).let_go_stopped();
     }
 }
 

@@ -145,7 +145,7 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCac
         let dir = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(&path))).parent().unwrap_or(Path::new("/")).to_owned();
         let object = objects.get_or_insert(meta.st_dev, meta.st_ino, || {
             let fd = open(&link, false)?;
-            Ok((
+            Ok::<_, io::Error>((
                 Object {
                     kind: ObjectKind::Unlinked { dir: dir.into_os_string().into_vec() },
                     size: meta.st_size as u64,
@@ -204,7 +204,7 @@ fn shared_object(link: &str, m: &Mapping, objects: &mut ObjectTable) -> Result<u
             }
             None => (ObjectKind::SharedAnonymous, 0),
         };
-        Ok((Object { kind, size: meta.st_size as u64, owner: (meta.st_uid, meta.st_gid, meta.st_mode), seals }, fd))
+        Ok::<_, io::Error>((Object { kind, size: meta.st_size as u64, owner: (meta.st_uid, meta.st_gid, meta.st_mode), seals }, fd))
     })?)
 }
 

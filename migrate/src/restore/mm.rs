@@ -66,17 +66,19 @@ pub type FdOf<'a> = &'a dyn Fn(&Vma) -> Option<u64>;
 /// Maps everything. Batches of at most `cap` records.
 pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) -> Vec<Batch> {
     let mut out = vec![Batch::new()];
-    let mut b = |need: usize| -> &mut Batch {
-        if out.last().is_some_and(|b| b.len() + need > cap) {
-            out.push(Batch::new());
-        }
-        out.last_mut().unwrap()
-    };
+    macro_rules! b {
+        () => {{
+            if out.last().is_some_and(|b| b.len() + 1 > cap) {
+                out.push(Batch::new());
+            }
+            out.last_mut().unwrap()
+        }};
+    }
     for v in &mm.vmas {
         if let Backing::Special(name) = &v.backing {
             if let Some((_, off, len)) = park.special.iter().find(|s| s.0 == *name) {
                 let args = [park.at + off, *len, *len, 3, v.start];
-                b(1).call_eq(format!("move {name} to {:#x}", v.start), v.start as i64, libc::SYS_mremap, &args);
+                b!().call_eq(format!("move {name} to {:#x}", v.start), v.start as i64, libc::SYS_mremap, &args);
             }
             continue;
         }
@@ -103,7 +105,7 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
             }
         };
         let prot = v.prot as u64;
-        b(1).call_eq(what, v.start as i64, libc::SYS_mmap, &[v.start, v.end - v.start, prot, flags, fd, offset]);
+        b!().call_eq(what, v.start as i64, libc::SYS_mmap, &[v.start, v.end - v.start, prot, flags, fd, offset]);
         let f = &v.flags;
         for (on, advice) in [
             (f.dont_fork, libc::MADV_DONTFORK),
@@ -116,11 +118,11 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
             (f.no_huge, libc::MADV_NOHUGEPAGE),
         ] {
             if on {
-                b(1).call(format!("madvise {advice} on {:#x}", v.start), libc::SYS_madvise, &[v.start, v.end - v.start, advice as u64]);
+                b!().call(format!("madvise {advice} on {:#x}", v.start), libc::SYS_madvise, &[v.start, v.end - v.start, advice as u64]);
             }
         }
         if let Some(name) = &v.name {
-            let b = b(1);
+            let b = b!();
             let mut z = name.clone().into_bytes();
             z.push(0);
             let at = b.data(&z);
@@ -130,16 +132,19 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
     // Protection keys: the kernel hands out the lowest free one.
     let highest = (1..16).rev().find(|k| mm.pkeys >> k & 1 != 0).unwrap_or(0);
     for key in 1..=highest {
-        b(1).call_eq("allocate a protection key", key as i64, libc::SYS_pkey_alloc, &[0, 0]);
+        b!().call_eq("allocate a protection key", key as i64, libc::SYS_pkey_alloc, &[0, 0]);
     }
     for v in mm.vmas.iter().filter(|v| v.pkey != 0) {
         let args = [v.start, v.end - v.start, v.prot as u64, v.pkey as u64];
-        b(1).call(format!("pkey_mprotect {:#x}", v.start), libc::SYS_pkey_mprotect, &args);
+        b!().call(format!("pkey_mprotect {:#x}", v.start), libc::SYS_pkey_mprotect, &args);
     }
     for key in (1..highest).filter(|k| mm.pkeys >> k & 1 == 0) {
-        b(1).call("free a protection key", libc::SYS_pkey_free, &[key as u64]);
+        b!().call("free a protection key", libc::SYS_pkey_free, &[key as u64]);
     }
-    let b = b(1);
+    if out.last().is_some_and(|b| b.len() + 4 > cap) {
+        out.push(Batch::new());
+    }
+    let b = out.last_mut().unwrap();
     b.call("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
     let l = &mm.layout;
     let auxv = b.data(&mm.auxv);

@@ -362,14 +362,10 @@ impl Rebuild {
 
     /// Where pages go. Usable from other threads until [`Rebuild::complete`].
     pub fn sink(&self) -> io::Result<Sink> {
-        let open = || {
-            let mut sink = Sink::default();
-            for (p, pid) in self.tree.processes.iter().zip(&self.pids).filter(|(p, _)| p.zombie.is_none()) {
-                sink.add_process(p.mm, *pid, &self.tree.mms[p.mm as usize])?;
-            }
-            Ok(sink)
-        };
-        let mut sink = open()?;
+        let mut sink = Sink::default();
+        for (p, pid) in self.tree.processes.iter().zip(&self.pids).filter(|(p, _)| p.zombie.is_none()) {
+            sink.add_process(p.mm, *pid, &self.tree.mms[p.mm as usize])?;
+        }
         for (i, (o, fd)) in self.tree.objects.iter().zip(&self.objects).enumerate() {
             sink.add_object(i as u32, fd.try_clone()?, o.size);
         }
