@@ -1,19 +1,73 @@
 //! What the command line asks of the engine: the only file that calls it, apart from the types of its reports.
 
-#![allow(dead_code, reason = "fields and variants that wait for the engine")]
-
 use migrate_engine::{
-    blocker::Blocker,
-    report::{Events, Failure, Report, SendOptions, Stdio},
+    check, checkpoint as images, destination, dump,
+    journal::{Journal, Side, Stage},
+    report::{Event, Events, Failure, Report, SendOptions, Stdio},
+    source::{self, Connector},
+    sys::misc,
+    tracer::Tracer,
+    wire::{self, Inventory, Message},
+};
+pub use migrate_engine::{
+    check::{CheckItem, CheckOk, HostReport, PairReport, ProcessReport},
+    checkpoint::{CheckpointOptions, ImageInfo},
+};
+use migrate_transport::{
+    AcceptError, ConnectError, Link,
+    quic::{self, Listener, QuicLink},
+    trust::{Fingerprint, Identity, PeerName, Ticket, Tickets, TrustStore},
 };
 use serde::Serialize;
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
+    str::FromStr,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-const NOT_BUILT: &str = "not built yet";
+/// Connects to one receiver; the ticket counts for the first time only.
+struct Dial {
+    to: String,
+    id: Identity,
+    store: TrustStore,
+    ticket: Mutex<Option<Ticket>>,
+    pid: i32,
+}
+
+impl Dial {
+    fn new(to: &str, ticket: Option<String>, state_dir: &Path, pid: i32) -> Result<Dial, Failure> {
+        let fail = |e: &dyn std::fmt::Display| Failure::failed("connect", pid, e);
+        let ticket = ticket.map(|t| Ticket::from_str(t.trim())).transpose().map_err(|e| fail(&e))?;
+        Ok(Dial {
+            to: to.to_owned(),
+            id: Identity::load_or_create(state_dir).map_err(|e| fail(&e))?,
+            store: TrustStore::open(state_dir).map_err(|e| fail(&e))?,
+            ticket: Mutex::new(ticket),
+            pid,
+        })
+    }
+}
+
+impl Connector for Dial {
+    type Link = QuicLink;
+    async fn connect(&self) -> Result<QuicLink, Failure> {
+        let ticket = self.ticket.lock().map(|t| t.clone()).unwrap_or_default();
+        let link = quic::connect(&self.to, &self.id, &self.store, ticket.as_ref())
+            .await
+            .map_err(|e: ConnectError| Failure::failed("connect", self.pid, e))?;
+        if let Ok(mut t) = self.ticket.lock() {
+            t.take();
+        }
+        Ok(link)
+    }
+    fn name(&self) -> String {
+        self.to.clone()
+    }
+}
 
 /// Moves a tree to the receiver at `to`. After `cancel` it thaws the tree before it returns.
 pub async fn send(
@@ -24,60 +78,96 @@ pub async fn send(
     events: Events,
     cancel: CancellationToken,
 ) -> Result<Report, Failure> {
-    let _ = (to, ticket, state_dir, events, cancel);
-    Err(Failure::failed("connect", options.pid, NOT_BUILT))
+    source::check_pid(options.pid)?;
+    let dial = Dial::new(to, ticket, state_dir, options.pid)?;
+    let verify = std::env::var_os("MIGRATE_VERIFY").is_some_and(|v| v == "1");
+    source::send(dial, options, verify, state_dir.to_owned(), events, cancel).await
 }
 
 /// A bound address and this host's identity.
 pub struct Receiver {
-    local: SocketAddr,
+    listener: Listener,
+    id: Identity,
+    tickets: Tickets,
+    ticket: Mutex<String>,
+    state_dir: PathBuf,
+    serving: tokio::sync::Mutex<JoinSet<Result<destination::Served, Failure>>>,
 }
 
 impl Receiver {
     /// Binds; called inside a tokio runtime.
     pub async fn bind(listen: SocketAddr, state_dir: &Path) -> Result<Receiver, Failure> {
-        let _ = state_dir;
-        Err(Failure::failed("listen", 0, format!("{listen}: {NOT_BUILT}")))
+        let fail = |e: &dyn std::fmt::Display| Failure::failed("listen", 0, e);
+        let id = Identity::load_or_create(state_dir).map_err(|e| fail(&e))?;
+        let store = TrustStore::open(state_dir).map_err(|e| fail(&e))?;
+        let tickets = Tickets::new(&id);
+        let listener = Listener::bind(listen, &id, store, tickets.clone()).await.map_err(|e| fail(&e))?;
+        let r = Receiver {
+            listener,
+            id,
+            tickets,
+            ticket: Mutex::default(),
+            state_dir: state_dir.to_owned(),
+            serving: tokio::sync::Mutex::default(),
+        };
+        Ok(r)
     }
     /// The address bound, with its real port.
     pub fn local_addr(&self) -> SocketAddr {
-        self.local
+        self.listener.local_addr()
     }
     /// The ticket that is good now: a new one when the last was used or is too old.
     pub fn ticket(&self) -> String {
-        String::new()
+        let Ok(mut t) = self.ticket.lock() else { return String::new() };
+        if t.is_empty() || self.tickets.open() == 0 {
+            *t = self.tickets.issue().map(|t| t.to_string()).unwrap_or_default();
+        }
+        t.clone()
     }
     /// This host's fingerprint.
     pub fn fingerprint(&self) -> String {
-        String::new()
+        self.id.fingerprint().to_string()
     }
     /// Serves one migration (or rehearsal, outcome "predicted") to the end. Strangers, checks and broken handshakes are turned away
     /// inside and do not end it. Sends no event before a trusted peer has asked for a migration.
     pub async fn next(&self, stdio: Stdio, events: Events, cancel: CancellationToken) -> Result<Report, Failure> {
-        let _ = (stdio, events, cancel);
-        Err(Failure::failed("listen", 0, NOT_BUILT))
+        // Connections are served side by side: a question about one migration may come while it is still being built.
+        let mut serving = self.serving.lock().await;
+        loop {
+            tokio::select! {
+                link = self.listener.accept() => match link {
+                    Ok(link) => {
+                        serving.spawn(destination::serve(link, stdio.clone(), self.state_dir.clone(), events.clone(), cancel.clone()));
+                    }
+                    Err(AcceptError::ListenerClosed) => return Err(Failure::failed("listen", 0, "the listener was closed")),
+                    Err(e) => tracing::warn!("{e}"),
+                },
+                Some(done) = serving.join_next() => match done {
+                    Ok(Ok(destination::Served::Running(report))) => return Ok(*report),
+                    Ok(Ok(destination::Served::Answered)) => {}
+                    Ok(Err(e)) => return Err(e),
+                    Err(e) => return Err(Failure::failed("restore", 0, format!("internal error: {e}"))),
+                },
+                () = cancel.cancelled() => {
+                    // What is being built ends by the same token; wait for it.
+                    let mut last = Failure::failed("listen", 0, "interrupted");
+                    while let Some(done) = serving.join_next().await {
+                        match done {
+                            Ok(Ok(destination::Served::Running(report))) => return Ok(*report),
+                            Ok(Err(e)) => last = e,
+                            _ => {}
+                        }
+                    }
+                    return Err(last);
+                }
+            }
+        }
     }
-}
-
-/// What `checkpoint` was asked to do.
-#[derive(Debug, Clone)]
-pub struct CheckpointOptions {
-    /// Root of the tree.
-    pub pid: i32,
-    /// Directory of the checkpoints.
-    pub dir: PathBuf,
-    /// Name; the engine makes one when there is none.
-    pub name: Option<String>,
-    /// The program goes on.
-    pub leave_running: bool,
-    /// Only what changed since this one.
-    pub parent: Option<String>,
 }
 
 /// Saves a tree; blocks.
 pub fn checkpoint(options: CheckpointOptions, events: Events, cancel: CancellationToken) -> Result<Report, Failure> {
-    let _ = (events, cancel);
-    Err(Failure::failed("checkpoint", options.pid, NOT_BUILT))
+    images::checkpoint(&options, &events, &cancel)
 }
 
 /// What `restore` was asked to do.
@@ -108,45 +198,41 @@ pub struct Restored {
 pub struct Program {
     /// Its pid in our pid namespace.
     pub pid: i32,
+    // The root is a child of this thread.
+    _tracer: Arc<Tracer>,
 }
 
 impl Program {
     /// Waits for its end; blocks. Its exit status, or 128 and the signal that ended it.
     pub fn wait(&self) -> Result<u8, Failure> {
-        Err(Failure::failed("wait", self.pid, NOT_BUILT))
+        loop {
+            match misc::reap(self.pid) {
+                Ok(Some(status)) if status & 0x7f == 0 => return Ok((status >> 8) as u8),
+                Ok(Some(status)) => return Ok(128 + (status & 0x7f) as u8),
+                Ok(None) => std::thread::sleep(Duration::from_millis(10)),
+                Err(e) => return Err(Failure::failed("wait", self.pid, e)),
+            }
+        }
     }
     /// Sends it a signal by its number. One that ended already is no failure.
     pub fn signal(&self, signal: i32) -> Result<(), Failure> {
-        let _ = signal;
-        Err(Failure::failed("signal", self.pid, NOT_BUILT))
+        match misc::kill(self.pid, signal) {
+            Err(e) if e.raw_os_error() != Some(3) => Err(Failure::failed("signal", self.pid, e)),
+            _ => Ok(()),
+        }
     }
 }
 
 /// Starts a saved tree; blocks until it runs.
 pub fn restore(options: RestoreOptions, events: Events, cancel: CancellationToken) -> Result<Restored, Failure> {
-    let _ = (options, events, cancel);
-    Err(Failure::failed("restore", 0, NOT_BUILT))
-}
-
-/// A checkpoint, as `list` shows it.
-#[derive(Debug, Clone, Serialize)]
-pub struct ImageInfo {
-    /// Its name.
-    pub name: String,
-    /// Seconds since 1970.
-    pub created: u64,
-    /// The root's pid, as the tree saw it.
-    pub pid: i32,
-    /// The root's command line.
-    pub command: String,
-    /// Processes in it.
-    pub processes: u32,
-    /// Threads in it.
-    pub threads: u32,
-    /// Bytes on disk.
-    pub bytes: u64,
-    /// The checkpoint it builds on.
-    pub parent: Option<String>,
+    let RestoreOptions { dir, name, stdio, pid_file, .. } = options;
+    let r = images::restore(&images::RestoreOptions { dir, name, stdio }, &events, &cancel)?;
+    if let Some(file) = pid_file
+        && let Err(e) = std::fs::write(&file, format!("{}\n", r.pid))
+    {
+        events(Event::Note { text: format!("the program runs as pid {}, but {} cannot be written: {e}", r.pid, file.display()) });
+    }
+    Ok(Restored { report: r.report, program: Program { pid: r.pid, _tracer: Arc::new(r.tracer) } })
 }
 
 /// A checkpoint, as `show` shows it.
@@ -184,105 +270,51 @@ pub struct ImageProcess {
 
 /// The checkpoints in a directory.
 pub fn list(dir: &Path) -> Result<Vec<ImageInfo>, Failure> {
-    Err(Failure::failed("list", 0, format!("{}: {NOT_BUILT}", dir.display())))
+    images::list(dir)
 }
 
 /// What a checkpoint holds.
 pub fn show(dir: &Path, name: &str) -> Result<ImageDetail, Failure> {
-    Err(Failure::failed("show", 0, format!("{}: {NOT_BUILT}", dir.join(name).display())))
+    let (info, tree) = images::show(dir, name)?;
+    let processes = tree
+        .processes
+        .iter()
+        .map(|p| {
+            let mm = tree.mms.get(p.mm as usize).filter(|_| p.zombie.is_none());
+            ImageProcess {
+                pid: p.pid,
+                ppid: p.parent.and_then(|i| tree.processes.get(i as usize)).map_or(0, |p| p.pid),
+                command: p.comm.clone(),
+                threads: p.threads.len() as u32,
+                mappings: mm.map_or(0, |m| m.vmas.len() as u32),
+                memory: mm.map_or(0, |m| m.vmas.iter().map(|v| v.len()).sum()),
+                files: p
+                    .fds
+                    .iter()
+                    .map(|f| {
+                        let kind = tree.descriptions.get(f.description as usize).map(|d| check::describe(&tree, &d.kind));
+                        format!("{} {}", f.fd, kind.unwrap_or_default())
+                    })
+                    .collect(),
+            }
+        })
+        .collect();
+    Ok(ImageDetail { info, hostname: tree.host.hostname.clone(), kernel: tree.host.kernel.clone(), tree: processes })
 }
 
 /// Removes a checkpoint.
 pub fn remove(dir: &Path, name: &str) -> Result<(), Failure> {
-    Err(Failure::failed("rm", 0, format!("{}: {NOT_BUILT}", dir.join(name).display())))
-}
-
-/// Whether something is there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CheckOk {
-    /// It is.
-    Yes,
-    /// It is not, and nothing can be moved without it.
-    No,
-    /// It is not, or not wholly: migrations work, with the effect named.
-    Degraded,
-}
-
-/// One thing that was looked at.
-#[derive(Debug, Clone, Serialize)]
-pub struct CheckItem {
-    /// Its name: "soft-dirty".
-    pub name: String,
-    /// Whether it is there.
-    pub ok: CheckOk,
-    /// What was found.
-    pub detail: String,
-    /// What its absence means; empty when it is there.
-    pub effect: String,
-    /// What to do; empty when there is nothing.
-    pub fix: String,
-}
-
-/// What this host can do.
-#[derive(Debug, Clone, Serialize)]
-pub struct HostReport {
-    /// Everything looked at.
-    pub items: Vec<CheckItem>,
+    images::remove(dir, name)
 }
 
 /// Looks at this host.
 pub fn check_host() -> Result<HostReport, Failure> {
-    Err(Failure::failed("check", 0, NOT_BUILT))
-}
-
-/// Something a task holds.
-#[derive(Debug, Clone, Serialize)]
-pub struct Holding {
-    /// Where: "fd 7", "mapping 7f00-7f10".
-    pub place: String,
-    /// What is there.
-    pub what: String,
-    /// Whether it can be moved.
-    pub movable: bool,
-    /// Why not; empty when it can.
-    pub reason: String,
-}
-
-/// A task and what it holds.
-#[derive(Debug, Clone, Serialize)]
-pub struct TaskHoldings {
-    /// "pid 42 (redis-server)", "pid 42 tid 45 (bio_close_file)".
-    pub task: String,
-    /// What it holds.
-    pub holdings: Vec<Holding>,
-}
-
-/// What a tree holds.
-#[derive(Debug, Clone, Serialize)]
-pub struct ProcessReport {
-    /// Its root.
-    pub pid: i32,
-    /// Grouped by task, parents first.
-    pub items: Vec<TaskHoldings>,
-    /// What stands in the way, all of it.
-    pub blockers: Vec<Blocker>,
+    check::host()
 }
 
 /// Looks at a tree, without stopping it.
 pub fn check_process(pid: i32) -> Result<ProcessReport, Failure> {
-    Err(Failure::failed("check", pid, NOT_BUILT))
-}
-
-/// What a pair of hosts can do.
-#[derive(Debug, Clone, Serialize)]
-pub struct PairReport {
-    /// The receiver's name and kernel.
-    pub peer: String,
-    /// Everything compared.
-    pub items: Vec<CheckItem>,
-    /// What stands in the way of this tree there; empty without a pid.
-    pub blockers: Vec<Blocker>,
+    check::process(pid)
 }
 
 /// Asks a receiver, with a pid for the whole preflight. Nothing is created there.
@@ -293,8 +325,41 @@ pub async fn check_pair(
     state_dir: &Path,
     cancel: CancellationToken,
 ) -> Result<PairReport, Failure> {
-    let _ = (ticket, state_dir, cancel);
-    Err(Failure::failed("check", pid.unwrap_or(0), format!("{to}: {NOT_BUILT}")))
+    let dial = Dial::new(to, ticket, state_dir, pid.unwrap_or(0))?;
+    let fail = |m: String| Failure::failed("check", pid.unwrap_or(0), m);
+    let tree = match pid {
+        Some(pid) => {
+            let d = tokio::task::spawn_blocking(move || source::inventory(pid)).await.map_err(|e| fail(e.to_string()))??;
+            Some((d.tree, d.blockers))
+        }
+        None => None,
+    };
+    let host = dump::host::host().map_err(|e| fail(format!("cannot examine this host: {e}")))?;
+    let work = async {
+        let mut link = dial.connect().await?;
+        let (tree, mut blockers) = tree.unwrap_or_else(|| (migrate_engine::image::Tree::empty(host.clone()), Vec::new()));
+        let inventory = Inventory { id: source::new_id(), tree, check_only: true, leave_running: false };
+        let lost = |e: wire::WireError| fail(e.to_string());
+        wire::send(&mut link, &Message::Inventory(inventory)).await.map_err(lost)?;
+        let answer = wire::recv(&mut link).await.map_err(lost)?;
+        let name = link.peer().name.clone();
+        link.close("checked").await;
+        match answer {
+            Message::Accept(a) => {
+                let items = check::compare(&host, &a.host);
+                Ok(PairReport { peer: format!("{} (Linux {})", a.host.hostname, a.host.kernel), items, blockers })
+            }
+            Message::Refuse(b) => {
+                blockers.extend(b);
+                Ok(PairReport { peer: name, items: Vec::new(), blockers })
+            }
+            other => Err(fail(format!("{to} sent {} instead of an answer", other.name()))),
+        }
+    };
+    tokio::select! {
+        r = work => r,
+        () = cancel.cancelled() => Err(fail("interrupted".into())),
+    }
 }
 
 /// A trusted host.
@@ -317,21 +382,35 @@ pub struct TrustList {
     pub peers: Vec<TrustedPeer>,
 }
 
+fn trust_failure(e: impl std::fmt::Display) -> Failure {
+    Failure::failed("trust", 0, e)
+}
+
+fn seconds(t: SystemTime) -> u64 {
+    t.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+fn trusted(p: migrate_transport::trust::TrustedPeer) -> TrustedPeer {
+    TrustedPeer { fingerprint: p.fingerprint.to_string(), name: p.name.to_string(), added: seconds(p.first_seen) }
+}
+
 /// Lists the trusted hosts.
 pub fn trust_list(state_dir: &Path) -> Result<TrustList, Failure> {
-    Err(Failure::failed("trust", 0, format!("{}: {NOT_BUILT}", state_dir.display())))
+    let own = Identity::load_or_create(state_dir).map_err(trust_failure)?.fingerprint().to_string();
+    let peers = TrustStore::open(state_dir).and_then(|s| s.list()).map_err(trust_failure)?;
+    Ok(TrustList { own, peers: peers.into_iter().map(trusted).collect() })
 }
 
 /// Trusts a host.
 pub fn trust_add(state_dir: &Path, fingerprint: &str, name: Option<&str>) -> Result<TrustedPeer, Failure> {
-    let _ = (fingerprint, name);
-    Err(Failure::failed("trust", 0, format!("{}: {NOT_BUILT}", state_dir.display())))
+    let f = Fingerprint::from_str(fingerprint).map_err(trust_failure)?;
+    let name = PeerName::new(name.unwrap_or("unnamed")).map_err(trust_failure)?;
+    TrustStore::open(state_dir).and_then(|s| s.add(f, &name)).map(trusted).map_err(trust_failure)
 }
 
 /// Trusts a host, by fingerprint or name, no longer.
 pub fn trust_remove(state_dir: &Path, peer: &str) -> Result<TrustedPeer, Failure> {
-    let _ = peer;
-    Err(Failure::failed("trust", 0, format!("{}: {NOT_BUILT}", state_dir.display())))
+    TrustStore::open(state_dir).and_then(|s| s.remove(peer)).map(trusted).map_err(trust_failure)
 }
 
 /// A hand-over that a crash left open.
@@ -351,14 +430,73 @@ pub struct OpenHandover {
     pub since: u64,
 }
 
-/// Hand-overs left open. None as long as no journal is written.
+/// Hand-overs left open.
 pub fn recover_list(state_dir: &Path) -> Result<Vec<OpenHandover>, Failure> {
-    let _ = state_dir;
-    Ok(Vec::new())
+    let entries = Journal::list(state_dir).map_err(|e| Failure::failed("recover", 0, format!("{}: {e}", state_dir.display())))?;
+    Ok(entries
+        .into_iter()
+        .filter(|e| !(e.side == Side::Destination && e.stage != Stage::Committed))
+        .map(|e| {
+            let alive = e.alive();
+            let state = match (e.side, alive.is_empty()) {
+                (_, true) => "its processes are gone; nothing is left to decide".to_owned(),
+                (Side::Source, false) => format!("{} processes are kept stopped here until {} says what became of the copy", alive.len(), e.peer),
+                (Side::Destination, false) => "the copy waits or runs here".to_owned(),
+            };
+            OpenHandover {
+                side: if e.side == Side::Source { "source".into() } else { "destination".into() },
+                pid: e.processes.first().map_or(0, |p| p.0),
+                id: e.id,
+                peer: e.peer,
+                state,
+                since: e.since,
+            }
+        })
+        .collect())
 }
 
 /// Finishes or undoes one. Says what became of the program.
 pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, cancel: CancellationToken) -> Result<String, Failure> {
-    let _ = (state_dir, abort, events, cancel);
-    Err(Failure::failed("recover", 0, format!("no open hand-over {id}")).with_fix("`migrate recover` lists them"))
+    let (journal, entry) = Journal::open(state_dir, id, Side::Source)
+        .map_err(|e| Failure::failed("recover", 0, format!("no open hand-over {id} on this host: {e}")).with_fix("`migrate recover` lists them"))?;
+    let alive = entry.alive();
+    let pid = entry.processes.first().map_or(0, |p| p.0);
+    let signal = |s: i32| alive.iter().for_each(|p| drop(misc::kill(*p, s)));
+    const SIGCONT: i32 = 18;
+    const SIGKILL: i32 = 9;
+    let done = |journal: Journal, text: String| {
+        let _ = journal.remove();
+        Ok(text)
+    };
+    if alive.is_empty() {
+        return done(journal, format!("process {pid} is gone; the record is removed"));
+    }
+    if abort {
+        signal(SIGCONT);
+        return done(journal, format!("process {pid} runs on here; see to it that no copy runs at {}", entry.peer));
+    }
+    let dial = Dial::new(&entry.peer, None, state_dir, pid)?;
+    events(Event::Phase { phase: "ask" });
+    let answer = tokio::select! {
+        a = source::ask_again(&dial, id, Duration::from_secs(15)) => a,
+        () = cancel.cancelled() => None,
+    };
+    match answer {
+        Some(Message::Running(r)) => {
+            signal(SIGKILL);
+            done(journal, format!("the copy runs at {} as pid {}; the stopped original was ended", entry.peer, r.pid))
+        }
+        Some(Message::Aborted(reason)) => {
+            signal(SIGCONT);
+            done(journal, format!("{} did not resume it ({reason}); process {pid} runs on here", entry.peer))
+        }
+        _ => Err(Failure {
+            class: migrate_engine::report::Class::Unknown,
+            phase: "recover",
+            pid,
+            message: format!("{} does not answer; process {pid} stays stopped", entry.peer),
+            fix: Some(format!("try again when it is reachable, or, if the copy is surely dead, migrate recover {id} --abort")),
+            blockers: Vec::new(),
+        }),
+    }
 }

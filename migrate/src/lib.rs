@@ -1,6 +1,7 @@
 //! Engine.
 pub mod arch;
 pub mod blocker;
+pub mod check;
 pub mod checkpoint;
 pub mod destination;
 pub mod dump;

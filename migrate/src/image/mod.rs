@@ -39,6 +39,19 @@ pub struct Tree {
 }
 
 impl Tree {
+    /// A tree of no processes.
+    pub fn empty(host: Host) -> Tree {
+        Tree {
+            host,
+            clocks: Clocks { monotonic_ns: 0, boottime_ns: 0, realtime_ns: 0 },
+            processes: Vec::new(),
+            mms: Vec::new(),
+            objects: Vec::new(),
+            descriptions: Vec::new(),
+            pipes: Vec::new(),
+        }
+    }
+
     /// The root process.
     pub fn root(&self) -> Option<&Process> {
         self.processes.first()

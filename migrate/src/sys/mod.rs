@@ -6,6 +6,7 @@ pub mod misc;
 pub mod pagemap;
 pub mod ptrace;
 pub mod region;
+pub mod uffd;
 
 use std::io;
 

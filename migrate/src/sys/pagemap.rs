@@ -82,6 +82,13 @@ impl Pagemap {
         }
     }
 
+    /// Whether the kernel has PAGEMAP_SCAN.
+    pub fn scan_works(&self) -> bool {
+        let probe = 0u8;
+        let at = &raw const probe as u64 & !(PAGE - 1);
+        self.scan(at, at + PAGE, 0, &mut Vec::new()).is_ok()
+    }
+
     fn scan(&self, start: u64, end: u64, guard: u64, out: &mut Vec<Range>) -> io::Result<()> {
         let mut at = start;
         let mut vec = [Region::default(); 512];
