@@ -20,6 +20,7 @@ pub fn counter(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         .open(kit.dir().join("lease"))?;
     lease.write_all_at(&0_u64.to_le_bytes(), 0)?;
     let mut list = OpenOptions::new().append(true).create(true).open(kit.dir().join("count"))?;
+    kit.moves(&list);
     kit.ready()?;
     let mut n = 0_u64;
     let code = kit.run(

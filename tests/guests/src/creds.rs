@@ -70,10 +70,13 @@ fn image() -> Vec<(&'static str, i64)> {
     list
 }
 
+/// Only ever lower: raising a hard limit needs a capability that root may lack.
 fn limit(resource: libc::__rlimit_resource_t, soft: u64, hard: u64) -> io::Result<()> {
+    let mut old: libc::rlimit = zeroed();
+    sys!(getrlimit(resource, &mut old))?;
     let new = libc::rlimit {
-        rlim_cur: soft,
-        rlim_max: hard,
+        rlim_cur: soft.min(old.rlim_max),
+        rlim_max: hard.min(old.rlim_max),
     };
     sys!(setrlimit(resource, &new)).map(drop)
 }
@@ -98,7 +101,7 @@ pub fn creds(mut kit: Kit) -> io::Result<ExitCode> {
     std::fs::create_dir_all(kit.dir().join("home"))?;
     let home = CString::new(kit.dir().join("home").to_string_lossy().as_ref())?;
     // As nobody it must still write here.
-    for path in [kit.dir().to_path_buf(), kit.dir().join("control")] {
+    for path in [kit.dir().to_path_buf(), kit.dir().join("control"), kit.dir().join("home")] {
         std::os::unix::fs::chown(&path, Some(NOBODY), Some(NOBODY))?;
     }
     sys!(chdir(home.as_ptr()))?;

@@ -235,7 +235,15 @@ pub fn memory(mut kit: Kit) -> io::Result<ExitCode> {
     };
     brk.fill(27);
 
-    let down = Area::anonymous(PAGE, rw, libc::MAP_GROWSDOWN | libc::MAP_STACK)?;
+    // With room below: the kernel keeps a growing mapping 1 MiB away from the next.
+    let room = Area::anonymous(4 * MIB, libc::PROT_NONE, 0)?;
+    sys!(munmap(room.at.cast(), room.len))?;
+    let (top, grows) = (room.at.wrapping_add((room.len - PAGE) / 8), libc::MAP_GROWSDOWN | libc::MAP_STACK);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE | grows;
+    let down = Area {
+        at: sys!(mmap(top.cast(), PAGE, rw, flags, -1, 0))?.cast(),
+        len: PAGE,
+    };
     down.fill(28);
 
     kit.ready()?;

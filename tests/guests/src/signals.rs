@@ -67,7 +67,8 @@ fn queue(signal: i32, value: usize) -> io::Result<()> {
 fn take(set: &libc::sigset_t) -> Option<(i32, i32, i32, usize)> {
     let mut info: libc::siginfo_t = zeroed();
     let limit: libc::timespec = zeroed();
-    let signal = sys!(sigtimedwait(set, &mut info, &limit)).ok()?;
+    // Not the C library's function, which hides SI_TKILL.
+    let signal = sys!(syscall(libc::SYS_rt_sigtimedwait, set, &mut info, &limit, 8)).ok()? as i32;
     // SAFETY: queued with sigqueue or tgkill: sender and value are there (a value of zero for tgkill).
     let (pid, value) = unsafe { (info.si_pid(), info.si_value().sival_ptr.addr()) };
     Some((signal, info.si_code, pid, value))
@@ -111,16 +112,17 @@ pub fn signals(mut kit: Kit) -> io::Result<ExitCode> {
         Ok(())
     };
     arm()?;
+    // The thread's own come first, then the lowest number.
     let expected = vec![
-        (libc::SIGWINCH, libc::SI_USER, me, 0),
+        (rt + 3, libc::SI_TKILL, me, 0),
         (libc::SIGUSR2, libc::SI_QUEUE, me, 77),
+        (libc::SIGWINCH, libc::SI_USER, me, 0),
         (rt + 1, libc::SI_QUEUE, me, 11),
         (rt + 1, libc::SI_QUEUE, me, 12),
         (rt + 1, libc::SI_QUEUE, me, 13),
         (rt + 1, libc::SI_QUEUE, me, usize::MAX),
         (rt + 1, libc::SI_QUEUE, me, 14),
         (rt + 2, libc::SI_QUEUE, me, 900),
-        (rt + 3, libc::SI_TKILL, me, 0),
     ];
 
     // A thread inside a handler, on a stack of its own; and one that sleeps and is woken by signals with SA_RESTART only.
