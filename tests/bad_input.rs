@@ -9,9 +9,12 @@ fn a_pid_that_is_gone() {
     let receiver = hosts.b.receive(&Stdio::Null);
     let sent = hosts.a.send(29_999, &receiver, &[]);
     assert!([1, 2, 3].contains(&sent.code), "exit code {}", sent.code);
-    sent.expect_says(&["no such process", "no process", "not found", "does not exist", "gone"]).expect_says(&["29999"]);
+    sent.expect_says(&["no such process", "no process", "not found", "does not exist", "gone"])
+        .expect_says(&["29999"]);
     for bad in ["0", "-5", "x", "99999999999"] {
-        let sent = hosts.a.run(&["send", bad, &receiver.target, "--ticket", &receiver.ticket, "--mode", "stop"]);
+        let sent = hosts
+            .a
+            .run(&["send", bad, &receiver.target, "--ticket", &receiver.ticket, "--mode", "stop"]);
         assert!([1, 2, 3].contains(&sent.code), "pid {bad:?}: exit code {}", sent.code);
     }
 }
@@ -89,7 +92,12 @@ fn a_process_of_another_user_without_the_rights() {
         process.stderr()
     );
     let all = (process.stdout() + &process.stderr()).to_lowercase();
-    assert!(["permission", "not permitted", "root", "capabil", "rights"].iter().any(|w| all.contains(w)), "{all}");
+    assert!(
+        ["permission", "not permitted", "root", "capabil", "rights"]
+            .iter()
+            .any(|w| all.contains(w)),
+        "{all}"
+    );
     assert!(guest.beats());
 }
 
@@ -130,9 +138,15 @@ fn a_port_nobody_listens_on_and_a_name_that_does_not_resolve() {
         ("no-such-host.invalid:7878", &["resolve", "lookup", "name", "address"][..]),
     ] {
         let since = Instant::now();
-        let sent = hosts.a.run(&["send", &pid, target, "--ticket", &receiver.ticket, "--mode", "stop", "--json"]);
+        let sent = hosts
+            .a
+            .run(&["send", &pid, target, "--ticket", &receiver.ticket, "--mode", "stop", "--json"]);
         sent.expect_code(1).expect_says(says);
-        assert!(since.elapsed() < Duration::from_secs(30) * migrate_harness::patience(), "{target}: {:?}", since.elapsed());
+        assert!(
+            since.elapsed() < Duration::from_secs(30) * migrate_harness::patience(),
+            "{target}: {:?}",
+            since.elapsed()
+        );
         assert!(guest.beats(), "{target}");
     }
     for target in ["10.77.0.2:x", "10.77.0.2:70000", "", ":7878"] {
@@ -176,10 +190,24 @@ fn a_wrong_or_used_ticket() {
     let receiver = hosts.b.receive(&Stdio::Null);
     let stranger = hosts.file("stranger").display().to_string();
     let id = second.pid.to_string();
-    let sent = hosts
-        .a
-        .run(&["send", &id, &receiver.target, "--ticket", &used, "--mode", "stop", "--json", "--state-dir", &stranger]);
-    assert!([1, 2, 3].contains(&sent.code), "a used ticket: exit code {}\n{}", sent.code, sent.all());
+    let sent = hosts.a.run(&[
+        "send",
+        &id,
+        &receiver.target,
+        "--ticket",
+        &used,
+        "--mode",
+        "stop",
+        "--json",
+        "--state-dir",
+        &stranger,
+    ]);
+    assert!(
+        [1, 2, 3].contains(&sent.code),
+        "a used ticket: exit code {}\n{}",
+        sent.code,
+        sent.all()
+    );
     sent.expect_says(&["ticket"]);
     assert!(second.beats());
     guest.verify("moved");
@@ -199,7 +227,12 @@ fn the_ticket_file_is_for_its_owner_alone() {
         let meta = entry.metadata().unwrap();
         if meta.is_file() {
             keys += 1;
-            assert_eq!(meta.permissions().mode() & 0o077, 0, "{} can be read by others", entry.path().display());
+            assert_eq!(
+                meta.permissions().mode() & 0o077,
+                0,
+                "{} can be read by others",
+                entry.path().display()
+            );
         }
     }
     assert!(keys > 0, "no identity in the state directory");

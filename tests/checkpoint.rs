@@ -48,7 +48,11 @@ impl Images<'_> {
     fn files(&self) -> Vec<PathBuf> {
         fn walk(dir: &Path, into: &mut Vec<PathBuf>) {
             for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-                if entry.path().is_dir() { walk(&entry.path(), into) } else { into.push(entry.path()) }
+                if entry.path().is_dir() {
+                    walk(&entry.path(), into)
+                } else {
+                    into.push(entry.path())
+                }
             }
         }
         let mut files = Vec::new();
@@ -166,11 +170,30 @@ fn a_damaged_truncated_or_newer_image_is_refused_and_nothing_starts() {
             let mut bad = whole.clone();
             bad[at] ^= 0x10;
             fs::write(&file, &bad).unwrap();
-            nothing_started(&images, &guest, &restore(), &["checksum", "damaged", "corrupt", "magic", "not an image", "truncated"]);
+            nothing_started(
+                &images,
+                &guest,
+                &restore(),
+                &["checksum", "damaged", "corrupt", "magic", "not an image", "truncated"],
+            );
         }
         for len in [0, 1, 7, whole.len() / 2, whole.len() - 1] {
             fs::write(&file, &whole[..len.min(whole.len() - 1)]).unwrap();
-            nothing_started(&images, &guest, &restore(), &["truncated", "short", "ends", "damaged", "magic", "checksum", "not an image", "empty"]);
+            nothing_started(
+                &images,
+                &guest,
+                &restore(),
+                &[
+                    "truncated",
+                    "short",
+                    "ends",
+                    "damaged",
+                    "magic",
+                    "checksum",
+                    "not an image",
+                    "empty",
+                ],
+            );
         }
         fs::write(&file, &whole).unwrap();
     }
@@ -222,6 +245,8 @@ fn a_full_disk_leaves_the_program_running_and_no_image() {
     assert!(!listed.stdout.contains("big"), "half an image is listed: {}", listed.stdout);
     let rest = hosts.a.command(["du", "-sk", &name]).start();
     rest.wait();
-    let left: u64 = within("du", Duration::from_secs(2), || rest.stdout().split_whitespace().next()?.parse().ok());
+    let left: u64 = within("du", Duration::from_secs(2), || {
+        rest.stdout().split_whitespace().next()?.parse().ok()
+    });
     assert!(left < 512, "{left} KiB of the failed image are left behind");
 }

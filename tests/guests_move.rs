@@ -8,20 +8,30 @@ fn there_and_back(name: &str, options: &[(&str, &str)]) {
     let guest = Guest::start(&hosts.a, name, options);
     let there = hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
     assert!(guest.beats(), "guest {name} does not beat on B");
-    assert_eq!(hosts.b.process(there.pid).map(|p| p.inner), Some(guest.pid), "the pid that the guest itself sees");
+    assert_eq!(
+        hosts.b.process(there.pid).map(|p| p.inner),
+        Some(guest.pid),
+        "the pid that the guest itself sees"
+    );
     guest.verify("on B");
     let back = hosts.move_tree(&hosts.b, there.pid, &Stdio::Null);
     assert!(guest.beats(), "guest {name} does not beat on A");
     guest.verify("back on A");
     let mark = hosts.a.deaths();
     guest.quit();
-    if let Some(ended) = within("end of the guest", Duration::from_secs(20), || match hosts.a.ended_since(mark, back.pid) {
-        Some(ended) => Some(Some(ended)),
-        None => hosts.a.process(back.pid).is_none().then_some(None),
+    if let Some(ended) = within("end of the guest", Duration::from_secs(20), || {
+        match hosts.a.ended_since(mark, back.pid) {
+            Some(ended) => Some(Some(ended)),
+            None => hosts.a.process(back.pid).is_none().then_some(None),
+        }
     }) {
         assert_eq!(ended, Ended::Code(0), "{}", guest.output());
     }
-    println!("{name}: downtime {:.1} ms there, {:.1} ms back", there.number("downtime_ms"), back.number("downtime_ms"));
+    println!(
+        "{name}: downtime {:.1} ms there, {:.1} ms back",
+        there.number("downtime_ms"),
+        back.number("downtime_ms")
+    );
 }
 
 macro_rules! moved {
@@ -53,11 +63,17 @@ moved! {
 fn pids_that_are_taken_on_the_other_host() {
     let hosts = two_hosts!();
     let guest = Guest::start_with(&hosts.a, "tree", &[("count", "6")], |c| c.pid(3000));
-    let taken: Vec<_> = (3000..3020).map(|pid| hosts.b.command(["sleep", "1000"]).pid(pid).start()).collect();
+    let taken: Vec<_> = (3000..3020)
+        .map(|pid| hosts.b.command(["sleep", "1000"]).pid(pid).start())
+        .collect();
     let moved = hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
     assert!(taken.iter().all(|t| t.ended().is_none()), "a process of B was harmed");
     assert!(!(3000..3020).contains(&moved.pid), "two processes with one pid");
-    assert_eq!(hosts.b.process(moved.pid).map(|p| p.inner), Some(guest.pid), "the pid that the guest itself sees");
+    assert_eq!(
+        hosts.b.process(moved.pid).map(|p| p.inner),
+        Some(guest.pid),
+        "the pid that the guest itself sees"
+    );
     guest.verify("on B, where its pids were taken");
     let back = hosts.move_tree(&hosts.b, moved.pid, &Stdio::Null);
     assert_eq!(hosts.a.process(back.pid).map(|p| p.inner), Some(guest.pid));
@@ -93,7 +109,10 @@ fn leave_running_keeps_the_original() {
     sent.expect_code(0);
     let copy = sent.json()["restored_pid"].as_i64().unwrap() as i32;
     let (original, copy) = (hosts.a.process(guest.pid).unwrap(), hosts.b.process(copy).unwrap());
-    assert!(!"TtZ".contains(original.state) && !"TtZ".contains(copy.state), "{original:?} {copy:?}");
+    assert!(
+        !"TtZ".contains(original.state) && !"TtZ".contains(copy.state),
+        "{original:?} {copy:?}"
+    );
 }
 
 /// After the first contact no ticket is needed.

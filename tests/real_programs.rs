@@ -108,7 +108,10 @@ fn shell_counter_continues_on_the_terminal_of_the_receiver() {
     let shown = || {
         // The receiver's own words are on the same terminal: only lines of digits are the counter's.
         let text = receiver.process.stdout();
-        let lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && l.bytes().all(|b| b.is_ascii_digit()));
+        let lines = text
+            .lines()
+            .map(str::trim)
+            .filter(|l| !l.is_empty() && l.bytes().all(|b| b.is_ascii_digit()));
         lines.map(|l| format!("{l}\n")).collect::<String>()
     };
     count_in(shown, 10);
@@ -134,7 +137,9 @@ fn shell_counter_typed_into_a_shell() {
     count_in(|| hosts.read(&out), so_far + 20);
     programs::expect_in_order(&programs::numbers(&hosts.read(&out)));
     shell.type_in("echo still-$((1+1))\n");
-    within("the shell it was typed into", Duration::from_secs(5), || shell.stdout().contains("still-2").then_some(()));
+    within("the shell it was typed into", Duration::from_secs(5), || {
+        shell.stdout().contains("still-2").then_some(())
+    });
 }
 
 #[test]
@@ -181,14 +186,18 @@ fn python_with_threads_pool_files_and_a_child() {
         (!text.is_empty()).then_some(text)
     });
     assert_eq!(verdict, "ok\n", "{}", hosts.read(&out));
-    within("end of the program", Duration::from_secs(10), || hosts.a.process(back.pid).is_none().then_some(()));
+    within("end of the program", Duration::from_secs(10), || {
+        hosts.a.process(back.pid).is_none().then_some(())
+    });
 }
 
 fn http_counter(argv: &[&str], wait_for: &str) {
     let hosts = two_hosts!();
     let out = hosts.file("server");
     let server = hosts.a.command(argv.iter().copied()).stdio(Stdio::File(out.clone())).start();
-    within("start of the server", Duration::from_secs(30), || hosts.read(&out).contains(wait_for).then_some(()));
+    within("start of the server", Duration::from_secs(30), || {
+        hosts.read(&out).contains(wait_for).then_some(())
+    });
     let client = HttpClient::start(&hosts, 8000, Duration::from_millis(2));
     client.wait_for(0, 50);
     let mut pid = server.pid;
@@ -199,7 +208,10 @@ fn http_counter(argv: &[&str], wait_for: &str) {
         // Freeze to first answer: the last question that A did not answer any more waited all of it.
         let answers = client.answers();
         let first = answers.iter().find(|a| a.host == to && a.came > since).expect("an answer");
-        let last = answers.iter().rfind(|a| a.host != to && a.came < first.came).expect("an answer before");
+        let last = answers
+            .iter()
+            .rfind(|a| a.host != to && a.came < first.came)
+            .expect("an answer before");
         println!(
             "to host {}: freeze {:.1} ms; from the last answer there to the first answered request here {:.1} ms",
             hosts.other(from).name(),
@@ -250,7 +262,12 @@ fn redis_with_256_mib_of_keys() {
         "--appendonly",
         "no",
     ];
-    let server = hosts.a.command(argv).stdio(Stdio::File(hosts.file("redis-log"))).cwd(Path::new(&dir)).start();
+    let server = hosts
+        .a
+        .command(argv)
+        .stdio(Stdio::File(hosts.file("redis-log")))
+        .cwd(Path::new(&dir))
+        .start();
     let on_a = Redis::of(&hosts.a, 6400);
     on_a.wait();
     // 65,536 keys of 4 KiB each.
@@ -266,7 +283,10 @@ fn redis_with_256_mib_of_keys() {
     on_b.ask(&["UNLINK", "key:7"]).expect("the lazy-free thread");
     on_b.ask(&["BGSAVE"]).expect("a background save");
     within("end of the background save", Duration::from_secs(60), || {
-        on_b.ask(&["INFO", "persistence"]).ok()?.contains("rdb_bgsave_in_progress:0").then_some(())
+        on_b.ask(&["INFO", "persistence"])
+            .ok()?
+            .contains("rdb_bgsave_in_progress:0")
+            .then_some(())
     });
     let status = on_b.ask(&["INFO", "persistence"]).unwrap();
     assert!(status.contains("rdb_last_bgsave_status:ok"), "{status}");
@@ -275,14 +295,20 @@ fn redis_with_256_mib_of_keys() {
     on_a.wait();
     assert_eq!(on_a.ask(&["DEBUG", "DIGEST"]).expect("a digest back on A"), digest);
     assert_eq!(on_a.ask(&["GET", "tongue"]).unwrap(), "hello");
-    println!("256 MiB of keys: downtime {:.0} ms there, {:.0} ms back", there.number("downtime_ms"), back.number("downtime_ms"));
+    println!(
+        "256 MiB of keys: downtime {:.0} ms there, {:.0} ms back",
+        there.number("downtime_ms"),
+        back.number("downtime_ms")
+    );
     let mark = hosts.a.deaths();
     let _ = on_a.ask(&["SHUTDOWN", "NOSAVE"]);
-    within("end of redis-server", Duration::from_secs(10), || match hosts.a.ended_since(mark, back.pid) {
-        Some(ended) => {
-            assert_eq!(ended, Ended::Code(0));
-            Some(())
+    within("end of redis-server", Duration::from_secs(10), || {
+        match hosts.a.ended_since(mark, back.pid) {
+            Some(ended) => {
+                assert_eq!(ended, Ended::Code(0));
+                Some(())
+            }
+            None => hosts.a.process(back.pid).is_none().then_some(()),
         }
-        None => hosts.a.process(back.pid).is_none().then_some(()),
     });
 }

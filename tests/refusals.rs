@@ -35,7 +35,11 @@ fn refused_or_whole(what: &str, must_refuse: bool, says: &[&str]) {
     sent.expect_says(says);
     assert!(guest.beats(), "the program does not run on");
     println!("{what}: refused, longest gap {:?}: {}", guest.gap(), blockers[0]);
-    assert!(guest.gap() < Duration::from_millis(500), "stopped for {:?} by a preflight", guest.gap());
+    assert!(
+        guest.gap() < Duration::from_millis(500),
+        "stopped for {:?} by a preflight",
+        guest.gap()
+    );
     guest.verify("after the refusal");
     let status = std::fs::read_to_string(format!("/proc/{}/status", hosts.a.outer(guest.pid).unwrap())).unwrap();
     assert!(status.contains("TracerPid:\t0"), "still traced");
@@ -107,7 +111,9 @@ fn every_blocker_is_listed_at_once() {
         return;
     };
     let program = hosts.a.command([python.to_str().unwrap(), "-c", &script]).start();
-    migrate_harness::within("start", Duration::from_secs(20), || program.stdout().contains("ready").then_some(()));
+    migrate_harness::within("start", Duration::from_secs(20), || {
+        program.stdout().contains("ready").then_some(())
+    });
     let receiver = hosts.b.receive(&Stdio::Null);
     let sent = hosts.a.send(program.pid, &receiver, &[]);
     sent.expect_code(3).expect_says(&["lock"]).expect_says(&["tcp"]);
@@ -142,10 +148,21 @@ fn a_stopped_program_stays_stopped() {
 fn a_32_bit_program_is_refused() {
     let hosts = two_hosts!();
     let source = hosts.file("small.c");
-    std::fs::write(&source, "void _start(void) { for (;;) __asm__ volatile(\"int $0x80\" : : \"a\"(29)); }\n").unwrap();
+    std::fs::write(
+        &source,
+        "void _start(void) { for (;;) __asm__ volatile(\"int $0x80\" : : \"a\"(29)); }\n",
+    )
+    .unwrap();
     let binary = hosts.file("small");
     let built = std::process::Command::new("cc")
-        .args(["-m32", "-nostdlib", "-static", "-o", binary.to_str().unwrap(), source.to_str().unwrap()])
+        .args([
+            "-m32",
+            "-nostdlib",
+            "-static",
+            "-o",
+            binary.to_str().unwrap(),
+            source.to_str().unwrap(),
+        ])
         .output();
     if !built.is_ok_and(|o| o.status.success()) {
         skip("no compiler for 32-bit programs");
@@ -172,13 +189,20 @@ fn a_file_that_differs_on_the_other_host_is_refused() {
         let write = host.command(["sh", "-c", &format!("printf '%s' '{text}' > {file}")]).start();
         write.wait();
     }
-    let reader = hosts.a.command(["sh", "-c", "exec 5< /run/data; while :; do sleep 0.1; done"]).start();
+    let reader = hosts
+        .a
+        .command(["sh", "-c", "exec 5< /run/data; while :; do sleep 0.1; done"])
+        .start();
     std::thread::sleep(Duration::from_millis(100));
     let receiver = hosts.b.receive(&Stdio::Null);
     let sent = hosts.a.send(reader.pid, &receiver, &[]);
     sent.expect_code(3).expect_says(&[file]);
     hosts.b.command(["rm", file]).start().wait();
-    let receiver = if receiver.process.ended().is_some() { hosts.b.receive(&Stdio::Null) } else { receiver };
+    let receiver = if receiver.process.ended().is_some() {
+        hosts.b.receive(&Stdio::Null)
+    } else {
+        receiver
+    };
     let sent = hosts.a.send(reader.pid, &receiver, &[]);
     sent.expect_code(3).expect_says(&[file]);
     assert!(reader.ended().is_none());
@@ -197,7 +221,9 @@ fn a_port_in_use_on_the_other_host_is_refused() {
         .filter(|l| l.split_whitespace().nth(3) == Some("0A"))
         .find_map(|l| u16::from_str_radix(l.split_whitespace().nth(1)?.split_once(':')?.1, 16).ok())
         .expect("a listening port");
-    let _taken = hosts.b.inside(|| std::net::TcpListener::bind(("0.0.0.0", port)).expect("the port on B"));
+    let _taken = hosts
+        .b
+        .inside(|| std::net::TcpListener::bind(("0.0.0.0", port)).expect("the port on B"));
     let receiver = hosts.b.receive(&Stdio::Null);
     let sent = hosts.a.send(guest.pid, &receiver, &[]);
     sent.expect_code(3).expect_says(&[&port.to_string()]);

@@ -7,7 +7,9 @@ use std::{net::TcpListener, net::TcpStream, path::Path, time::Duration};
 fn hosts_reach_each_other_and_share_files() {
     let hosts = two_hosts!();
     let listener = hosts.b.inside(|| TcpListener::bind("10.77.0.2:4000").expect("a listener on B"));
-    hosts.a.inside(|| TcpStream::connect_timeout(&"10.77.0.2:4000".parse().unwrap(), Duration::from_secs(2)).expect("A reaches B"));
+    hosts
+        .a
+        .inside(|| TcpStream::connect_timeout(&"10.77.0.2:4000".parse().unwrap(), Duration::from_secs(2)).expect("A reaches B"));
     drop(listener);
     std::fs::write(hosts.file("shared"), "seen").unwrap();
     for host in [&hosts.a, &hosts.b] {
@@ -36,7 +38,9 @@ fn a_terminal_is_the_controlling_one() {
     let hosts = two_hosts!();
     let shell = hosts.a.command(["sh", "-i"]).stdio(Stdio::Terminal).start();
     shell.type_in("tty && echo over-$((40+2)) > /dev/tty\n");
-    within("answer of the shell", Duration::from_secs(5), || shell.stdout().contains("over-42").then_some(()));
+    within("answer of the shell", Duration::from_secs(5), || {
+        shell.stdout().contains("over-42").then_some(())
+    });
     shell.type_in("exit 3\n");
     assert_eq!(shell.wait(), Ended::Code(3));
 }
@@ -48,7 +52,9 @@ fn a_host_ends_with_its_value() {
     let outer = sleep.outer();
     assert!(Path::new(&format!("/proc/{outer}")).exists());
     drop(hosts);
-    within("end of the host's processes", Duration::from_secs(5), || (!Path::new(&format!("/proc/{outer}")).exists()).then_some(()));
+    within("end of the host's processes", Duration::from_secs(5), || {
+        (!Path::new(&format!("/proc/{outer}")).exists()).then_some(())
+    });
 }
 
 fn verifies_where_it_is(name: &str, options: &[(&str, &str)]) {
@@ -107,8 +113,13 @@ fn http_counter_and_its_client() {
         migrate_harness::skip("python3 is not installed");
         return;
     };
-    let server = hosts.a.command([python.to_str().unwrap(), "-c", programs::PYTHON_COUNTER, "8000"]).start();
-    within("start of the server", Duration::from_secs(20), || server.stdout().contains("listening").then_some(()));
+    let server = hosts
+        .a
+        .command([python.to_str().unwrap(), "-c", programs::PYTHON_COUNTER, "8000"])
+        .start();
+    within("start of the server", Duration::from_secs(20), || {
+        server.stdout().contains("listening").then_some(())
+    });
     let client = HttpClient::start(&hosts, 8000, Duration::from_millis(5));
     client.wait_for(0, 20);
     client.expect_counts_on();
@@ -119,8 +130,13 @@ fn http_counter_and_its_client() {
 fn node_counter_and_its_client() {
     let hosts = two_hosts!();
     let node = need!("node");
-    let server = hosts.a.command([node.to_str().unwrap(), "-e", programs::NODE_COUNTER, "8000"]).start();
-    within("start of the server", Duration::from_secs(20), || server.stdout().contains("listening").then_some(()));
+    let server = hosts
+        .a
+        .command([node.to_str().unwrap(), "-e", programs::NODE_COUNTER, "8000"])
+        .start();
+    within("start of the server", Duration::from_secs(20), || {
+        server.stdout().contains("listening").then_some(())
+    });
     let client = HttpClient::start(&hosts, 8000, Duration::from_millis(5));
     client.wait_for(0, 20);
     client.expect_counts_on();
@@ -130,7 +146,17 @@ fn node_counter_and_its_client() {
 fn redis_answers_its_client() {
     let hosts = two_hosts!();
     let _ = need!("redis-server");
-    let args = ["redis-server", "--port", "6400", "--bind", "0.0.0.0", "--protected-mode", "no", "--enable-debug-command", "yes"];
+    let args = [
+        "redis-server",
+        "--port",
+        "6400",
+        "--bind",
+        "0.0.0.0",
+        "--protected-mode",
+        "no",
+        "--enable-debug-command",
+        "yes",
+    ];
     let _server = hosts.a.command(args).start();
     let redis = Redis::of(&hosts.a, 6400);
     redis.wait();
@@ -149,8 +175,13 @@ fn python_is_right_when_left_alone() {
     };
     let dir = hosts.file("busy");
     std::fs::create_dir(&dir).unwrap();
-    let program = hosts.a.command([python.to_str().unwrap(), "-c", programs::PYTHON_BUSY, dir.to_str().unwrap()]).start();
-    within("ten rounds", Duration::from_secs(30), || program.stdout().contains("\n10\n").then_some(()));
+    let program = hosts
+        .a
+        .command([python.to_str().unwrap(), "-c", programs::PYTHON_BUSY, dir.to_str().unwrap()])
+        .start();
+    within("ten rounds", Duration::from_secs(30), || {
+        program.stdout().contains("\n10\n").then_some(())
+    });
     std::fs::write(dir.join("stop"), "").unwrap();
     assert_eq!(program.wait(), Ended::Code(0), "{}", program.stderr());
     assert_eq!(hosts.read("busy/verdict"), "ok\n");
@@ -161,6 +192,8 @@ fn shell_counter_counts() {
     let hosts = two_hosts!();
     assert!(tool("busybox").is_some(), "busybox is not installed");
     let counter = hosts.a.command(programs::counter("0.01")).stdio(Stdio::Terminal).start();
-    within("ten numbers", Duration::from_secs(10), || (programs::numbers(&counter.stdout()).len() >= 10).then_some(()));
+    within("ten numbers", Duration::from_secs(10), || {
+        (programs::numbers(&counter.stdout()).len() >= 10).then_some(())
+    });
     programs::expect_in_order(&programs::numbers(&counter.stdout()));
 }

@@ -47,7 +47,11 @@ fn lives_on_once<'a>(hosts: &'a Hosts, guest: &Guest, when: &str) -> (&'a Host, 
             let run = host.run(&["recover", "--json"]);
             println!("{when}: recover on {}: code {} {}", host.name(), run.code, run.stdout.trim());
         }
-        assert!(beating(), "{when}: the program stands still; copies: {:?}", names(&copies(hosts, guest)));
+        assert!(
+            beating(),
+            "{when}: the program stands still; copies: {:?}",
+            names(&copies(hosts, guest))
+        );
     }
     let settled = eventually(Duration::from_secs(5), || copies(hosts, guest).len() == 1);
     let list = copies(hosts, guest);
@@ -105,8 +109,16 @@ fn killed_at_random_instants(victim: Victim, rounds: u32) {
             sender.wait_for(Duration::from_secs(5));
         }
         let (host, at) = lives_on_once(&hosts, &guest, &when);
-        if host.name() == "a" { stayed += 1 } else { moved += 1 }
-        println!("{when}: {} lives on host {}", if killed { "killed" } else { "too late" }, host.name());
+        if host.name() == "a" {
+            stayed += 1
+        } else {
+            moved += 1
+        }
+        println!(
+            "{when}: {} lives on host {}",
+            if killed { "killed" } else { "too late" },
+            host.name()
+        );
         counts_on(&guest, &when);
         // It can still be moved from where it is.
         if receiver.process.ended().is_none() {
@@ -120,7 +132,9 @@ fn killed_at_random_instants(victim: Victim, rounds: u32) {
         } else {
             host.signal(at, Signal::SIGKILL);
         }
-        within("end of the guest", Duration::from_secs(10), || copies(&hosts, &guest).is_empty().then_some(()));
+        within("end of the guest", Duration::from_secs(10), || {
+            copies(&hosts, &guest).is_empty().then_some(())
+        });
     }
     println!("{stayed} stayed, {moved} moved");
 }
@@ -142,7 +156,9 @@ fn killed_in_the_middle(victim: Victim) {
     let receiver = hosts.b.receive(&Stdio::Null);
     let pid = guest.pid.to_string();
     let sender = hosts.a.migrate(&hosts.a.send_args(&pid, &receiver)).start();
-    let copying = eventually(Duration::from_secs(20), || sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\""));
+    let copying = eventually(Duration::from_secs(20), || {
+        sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\"")
+    });
     assert!(copying, "no event says that the copy began: {}", sender.stderr());
     let agent = if victim == Victim::Sender { &sender } else { &receiver.process };
     assert!(agent.signal(Signal::SIGKILL), "it was over already");
@@ -153,7 +169,10 @@ fn killed_in_the_middle(victim: Victim) {
     let (host, _) = lives_on_once(&hosts, &guest, "killed in the middle");
     assert_eq!(host.name(), "a", "the handover was not reached");
     guest.verify("after the kill");
-    assert!(eventually(Duration::from_secs(10), || hosts.b.running("migrate-guest").is_empty()), "remains on B");
+    assert!(
+        eventually(Duration::from_secs(10), || hosts.b.running("migrate-guest").is_empty()),
+        "remains on B"
+    );
 }
 
 #[test]
@@ -174,13 +193,19 @@ fn ctrl_c_in_the_middle_thaws_and_leaves_nothing_behind() {
     let pid = guest.pid.to_string();
     let maps_before = fs::read_to_string(format!("/proc/{}/maps", hosts.a.outer(guest.pid).unwrap())).unwrap();
     let sender = hosts.a.migrate(&hosts.a.send_args(&pid, &receiver)).start();
-    let copying = eventually(Duration::from_secs(20), || sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\""));
+    let copying = eventually(Duration::from_secs(20), || {
+        sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\"")
+    });
     assert!(copying, "no event says that the copy began: {}", sender.stderr());
     assert!(sender.signal(Signal::SIGINT), "it was over already");
     let since = Instant::now();
     let ended = sender.wait_for(Duration::from_secs(30));
     assert_eq!(ended, migrate_harness::Ended::Code(1), "{}", sender.stderr());
-    assert!(since.elapsed() < Duration::from_secs(5) * migrate_harness::patience(), "Ctrl-C took {:?}", since.elapsed());
+    assert!(
+        since.elapsed() < Duration::from_secs(5) * migrate_harness::patience(),
+        "Ctrl-C took {:?}",
+        since.elapsed()
+    );
     assert!(guest.beats());
     guest.verify("after Ctrl-C");
     let maps = fs::read_to_string(format!("/proc/{}/maps", hosts.a.outer(guest.pid).unwrap())).unwrap();
@@ -191,7 +216,10 @@ fn ctrl_c_in_the_middle_thaws_and_leaves_nothing_behind() {
             .collect()
     };
     assert_eq!(shape(&maps), shape(&maps_before), "something was left in the program");
-    assert!(eventually(Duration::from_secs(10), || hosts.b.running("migrate-guest").is_empty()), "remains on B");
+    assert!(
+        eventually(Duration::from_secs(10), || hosts.b.running("migrate-guest").is_empty()),
+        "remains on B"
+    );
     // And then it goes through.
     if receiver.process.ended().is_none() {
         receiver.process.signal(Signal::SIGKILL);

@@ -62,7 +62,15 @@ pub fn many(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         let fd = if i % 10 == 9 {
             sys!(dup(fds[i - 1]))?
         } else {
-            let fd = open(&kit, &format!("file-{}", i % 64), if i % 3 == 0 { libc::O_RDWR } else { libc::O_RDONLY | libc::O_CLOEXEC })?;
+            let fd = open(
+                &kit,
+                &format!("file-{}", i % 64),
+                if i % 3 == 0 {
+                    libc::O_RDWR
+                } else {
+                    libc::O_RDONLY | libc::O_CLOEXEC
+                },
+            )?;
             sys!(lseek(fd, (i * 7 % 60_000) as i64, libc::SEEK_SET))?;
             fd
         };
@@ -77,7 +85,8 @@ pub fn many(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
                 let of = if i % 10 == 9 { i - 1 } else { i };
                 let at = of * 7 % 60_000;
                 let mut byte = 0_u8;
-                let good = offset(*fd) == at as i64 && sys0!(pread(*fd, (&raw mut byte).cast(), 1, at as i64)) == 1 && byte == (at % 251) as u8;
+                let good =
+                    offset(*fd) == at as i64 && sys0!(pread(*fd, (&raw mut byte).cast(), 1, at as i64)) == 1 && byte == (at % 251) as u8;
                 wrong += usize::from(!good);
             }
             kit.equal("descriptors that differ", wrong, 0);
@@ -193,7 +202,11 @@ pub fn fds(mut kit: Kit) -> io::Result<ExitCode> {
                 Ok(_) => {}
                 Err(_) => sys0!(_exit(1)),
             }
-            let said = if get(shared_with_child, 3).is_ok_and(|b| b.len() == 3) { b"y" } else { b"n" };
+            let said = if get(shared_with_child, 3).is_ok_and(|b| b.len() == 3) {
+                b"y"
+            } else {
+                b"n"
+            };
             let _ = put(answer[1], said);
         }
     }
@@ -217,7 +230,11 @@ pub fn fds(mut kit: Kit) -> io::Result<ExitCode> {
             sys0!(lseek(dup_far, (here + 1) % 10, libc::SEEK_SET));
             kit.equal("offset through duplicates", [offset(plain), offset(dup)], [(here + 1) % 10; 2]);
             let cloexec = |fd: i32| sys0!(fcntl(fd, libc::F_GETFD)) & libc::FD_CLOEXEC;
-            kit.equal("close-on-exec", [cloexec(plain), cloexec(dup), cloexec(dup_far), cloexec(again)], [0, 0, 1, 1]);
+            kit.equal(
+                "close-on-exec",
+                [cloexec(plain), cloexec(dup), cloexec(dup_far), cloexec(again)],
+                [0, 0, 1, 1],
+            );
             let size = || std::fs::metadata(format!("/proc/self/fd/{append}")).map_or(0, |m| m.len());
             let before = size();
             sys0!(lseek(append, 0, libc::SEEK_SET));
@@ -269,7 +286,10 @@ pub fn fds(mut kit: Kit) -> io::Result<ExitCode> {
             let got = get(half[0], 100);
             let bytes = kit.expect("half-full pipe", got);
             kit.equal("half-full pipe", bytes, Some(b"in flight".to_vec()));
-            kit.check(get(half[0], 1).is_err_and(|e| e.raw_os_error() == Some(libc::EAGAIN)), "the pipe is not empty, or blocks");
+            kit.check(
+                get(half[0], 1).is_err_and(|e| e.raw_os_error() == Some(libc::EAGAIN)),
+                "the pipe is not empty, or blocks",
+            );
             let wrote = put(half[1], b"in flight");
             kit.expect("pipe write", wrote);
             kit.equal("pipe size", sys0!(fcntl(full[0], libc::F_GETPIPE_SZ)), 1 << 18);
@@ -300,7 +320,11 @@ pub fn fds(mut kit: Kit) -> io::Result<ExitCode> {
             kit.expect("file in the watched directory", made);
             let got = get(inotify, 4096);
             if let Some(bytes) = kit.expect("inotify", got) {
-                let word = |i: usize| bytes.get(i * 4..i * 4 + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                let word = |i: usize| {
+                    bytes
+                        .get(i * 4..i * 4 + 4)
+                        .map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                };
                 kit.equal("inotify event", (word(0) as i32, word(1)), (wd, libc::IN_CREATE));
             }
             let _ = std::fs::remove_file(new_file);

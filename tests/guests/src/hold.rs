@@ -41,7 +41,12 @@ fn tcp() -> io::Result<Works> {
 
 fn lock(kit: &Kit, kind: &str) -> io::Result<Works> {
     let path = kit.dir().join("locked");
-    let file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)?;
     let fd = file.as_raw_fd();
     let mut range = libc::flock {
         l_type: libc::F_WRLCK as i16,
@@ -79,7 +84,11 @@ fn lock(kit: &Kit, kind: &str) -> io::Result<Works> {
         }
         let mut status = 0;
         sys!(waitpid(child, &mut status, 0))?;
-        if libc::WEXITSTATUS(status) == 0 { Ok(()) } else { Err(lost("the lock is not held")) }
+        if libc::WEXITSTATUS(status) == 0 {
+            Ok(())
+        } else {
+            Err(lost("the lock is not held"))
+        }
     }))
 }
 
@@ -162,14 +171,22 @@ fn child_that(act: impl FnOnce() -> io::Result<()>) -> io::Result<i32> {
     sys!(read(pipe[0], (&raw mut done).cast(), 1))?;
     sys0!(close(pipe[0]));
     sys0!(close(pipe[1]));
-    if done == 1 { Ok(pid) } else { Err(lost("the child could not do it")) }
+    if done == 1 {
+        Ok(pid)
+    } else {
+        Err(lost("the child could not do it"))
+    }
 }
 
 fn namespace(flag: i32, name: &'static str) -> io::Result<Works> {
     let pid = child_that(|| sys!(unshare(flag)).map(drop))?;
     Ok(Box::new(move || {
         let of = |who: String| std::fs::read_link(format!("/proc/{who}/ns/{name}"));
-        if of(pid.to_string())? == of("self".into())? { Err(lost("the child's namespace is gone")) } else { Ok(()) }
+        if of(pid.to_string())? == of("self".into())? {
+            Err(lost("the child's namespace is gone"))
+        } else {
+            Ok(())
+        }
     }))
 }
 
@@ -180,7 +197,11 @@ fn stopped() -> io::Result<Works> {
     sys!(waitpid(pid, &mut status, libc::WUNTRACED))?;
     Ok(Box::new(move || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        if stat.rsplit_once(") ").is_some_and(|(_, r)| r.starts_with('T')) { Ok(()) } else { Err(lost("the child is not stopped")) }
+        if stat.rsplit_once(") ").is_some_and(|(_, r)| r.starts_with('T')) {
+            Ok(())
+        } else {
+            Err(lost("the child is not stopped"))
+        }
     }))
 }
 
@@ -189,7 +210,11 @@ fn traced() -> io::Result<Works> {
     sys!(ptrace(libc::PTRACE_SEIZE, pid, 0, 0))?;
     Ok(Box::new(move || {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-        if status.contains(&format!("TracerPid:\t{}", std::process::id())) { Ok(()) } else { Err(lost("not traced any more")) }
+        if status.contains(&format!("TracerPid:\t{}", std::process::id())) {
+            Ok(())
+        } else {
+            Err(lost("not traced any more"))
+        }
     }))
 }
 
@@ -309,7 +334,12 @@ pub fn hold(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         }
         "message-queue" => {
             let name = CString::new("/guest")?;
-            let fd = sys!(mq_open(name.as_ptr(), libc::O_RDWR | libc::O_CREAT | libc::O_NONBLOCK, 0o600, 0_usize))?;
+            let fd = sys!(mq_open(
+                name.as_ptr(),
+                libc::O_RDWR | libc::O_CREAT | libc::O_NONBLOCK,
+                0o600,
+                0_usize
+            ))?;
             sys!(mq_send(fd, c"x".as_ptr(), 1, 0))?;
             descriptor(fd, |fd| {
                 let mut room = vec![0_u8; 64 << 10];

@@ -57,7 +57,11 @@ impl<T> Returned for *mut T {
 
 /// -1 becomes errno.
 pub fn checked<T: Returned>(result: T) -> io::Result<T> {
-    if result.failed() { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result.failed() {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// A structure of the C library, all zeros.

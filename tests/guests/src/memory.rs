@@ -324,7 +324,10 @@ pub fn memory(mut kit: Kit) -> io::Result<ExitCode> {
             for p in 0..file_ro.len / PAGE {
                 // The second half of the file, through a mapping of its own that nobody writes to.
                 let mut numbers = Numbers::new(25 ^ ((p as u64 + 128) << 20));
-                kit.check(file_ro.word(p * 512) == numbers.draw(), format!("read-only file mapping page {p} differs"));
+                kit.check(
+                    file_ro.word(p * 512) == numbers.draw(),
+                    format!("read-only file mapping page {p} differs"),
+                );
             }
             brk.verify(kit, "memory from brk", 27);
             // Seven more pages below, one fault at a time.

@@ -72,10 +72,22 @@ impl Portrait {
     /// Takes one of this process.
     pub fn take() -> Portrait {
         let mut p = Portrait(BTreeMap::new());
-        for name in ["cmdline", "environ", "comm", "personality", "oom_score_adj", "coredump_filter", "timers", "limits"] {
+        for name in [
+            "cmdline",
+            "environ",
+            "comm",
+            "personality",
+            "oom_score_adj",
+            "coredump_filter",
+            "timers",
+            "limits",
+        ] {
             p.file(name, Path::new("/proc/self").join(name).as_path());
         }
-        p.put("auxv", fs::read("/proc/self/auxv").map(|b| hex(&b)).unwrap_or_else(|e| e.to_string()));
+        p.put(
+            "auxv",
+            fs::read("/proc/self/auxv").map(|b| hex(&b)).unwrap_or_else(|e| e.to_string()),
+        );
         for link in ["cwd", "root", "exe"] {
             let to = fs::read_link(format!("/proc/self/{link}"));
             p.put(link, to.map(|t| t.display().to_string()).unwrap_or_else(|e| e.to_string()));
@@ -109,7 +121,10 @@ impl Portrait {
             }
         }
         let stat = fs::read_to_string(format!("{dir}/stat")).unwrap_or_default();
-        let fields: Vec<&str> = stat.rsplit_once(") ").map(|(_, rest)| rest.split(' ').collect()).unwrap_or_default();
+        let fields: Vec<&str> = stat
+            .rsplit_once(") ")
+            .map(|(_, rest)| rest.split(' ').collect())
+            .unwrap_or_default();
         for (number, name) in STAT {
             self.put(format!("{key} stat {name}"), fields.get(number - 3).copied().unwrap_or("?").trim());
         }
@@ -132,7 +147,9 @@ impl Portrait {
         let mut fds: Vec<u32> = list.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
         fds.sort_unstable();
         for fd in fds.into_iter().filter(|fd| *fd > 2) {
-            let Ok(to) = fs::read_link(format!("/proc/self/fd/{fd}")) else { continue };
+            let Ok(to) = fs::read_link(format!("/proc/self/fd/{fd}")) else {
+                continue;
+            };
             let mut to = to.display().to_string();
             if to.starts_with("/proc/") {
                 continue;

@@ -41,7 +41,12 @@ fn error_is<T: std::fmt::Debug>(result: io::Result<T>, expected: i32) -> Outcome
 
 fn pair() -> io::Result<[i32; 2]> {
     let mut fds = [0; 2];
-    sys!(socketpair(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr()))?;
+    sys!(socketpair(
+        libc::AF_UNIX,
+        libc::SOCK_STREAM | libc::SOCK_CLOEXEC,
+        0,
+        fds.as_mut_ptr()
+    ))?;
     Ok(fds)
 }
 
@@ -72,25 +77,38 @@ fn timed(shared: usize) -> io::Result<Vec<Call>> {
     sys!(pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()))?;
     let mut calls: Vec<Call> = Vec::new();
     let mut add = |name: &'static str, call: Box<dyn FnMut(u64) -> Outcome + Send>| calls.push((name, call));
-    add("nanosleep", Box::new(|ns| zero(sys!(nanosleep(&timespec(ns), std::ptr::null_mut())))));
+    add(
+        "nanosleep",
+        Box::new(|ns| zero(sys!(nanosleep(&timespec(ns), std::ptr::null_mut())))),
+    );
     add(
         "clock_nanosleep relative",
-        Box::new(|ns| match sys0!(clock_nanosleep(libc::CLOCK_MONOTONIC, 0, &timespec(ns), std::ptr::null_mut())) {
-            0 => Ok(()),
-            e => Err(format!("error {e}")),
-        }),
+        Box::new(
+            |ns| match sys0!(clock_nanosleep(libc::CLOCK_MONOTONIC, 0, &timespec(ns), std::ptr::null_mut())) {
+                0 => Ok(()),
+                e => Err(format!("error {e}")),
+            },
+        ),
     );
     add(
         "clock_nanosleep absolute",
         Box::new(|ns| {
             let until = timespec(now_ns() + ns);
-            match sys0!(clock_nanosleep(libc::CLOCK_MONOTONIC, libc::TIMER_ABSTIME, &until, std::ptr::null_mut())) {
+            match sys0!(clock_nanosleep(
+                libc::CLOCK_MONOTONIC,
+                libc::TIMER_ABSTIME,
+                &until,
+                std::ptr::null_mut()
+            )) {
                 0 => Ok(()),
                 e => Err(format!("error {e}")),
             }
         }),
     );
-    add("poll", Box::new(move |ns| zero(sys!(poll(&mut poll_fd(), 1, (ns / 1_000_000) as i32)))));
+    add(
+        "poll",
+        Box::new(move |ns| zero(sys!(poll(&mut poll_fd(), 1, (ns / 1_000_000) as i32)))),
+    );
     add(
         "ppoll",
         Box::new(move |ns| zero(sys!(ppoll(&mut poll_fd(), 1, &timespec(ns), &crate::kit::empty_set())))),
@@ -113,41 +131,86 @@ fn timed(shared: usize) -> io::Result<Vec<Call>> {
             )))
         }),
     );
-    add("epoll_wait", Box::new(move |ns| {
-        let mut out: libc::epoll_event = libc::epoll_event { events: 0, u64: 0 };
-        zero(sys!(epoll_wait(epoll, &mut out, 1, (ns / 1_000_000) as i32)))
-    }));
-    add("epoll_pwait", Box::new(move |ns| {
-        let mut out: libc::epoll_event = libc::epoll_event { events: 0, u64: 0 };
-        zero(sys!(epoll_pwait(epoll, &mut out, 1, (ns / 1_000_000) as i32, &crate::kit::empty_set())))
-    }));
-    add("futex wait relative", Box::new(move |ns| {
-        error_is(
-            sys!(syscall(libc::SYS_futex, word, libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, 0, &timespec(ns))),
-            libc::ETIMEDOUT,
-        )
-    }));
-    add("futex wait absolute", Box::new(move |ns| {
-        let until = timespec(now_ns() + ns);
-        error_is(
-            sys!(syscall(libc::SYS_futex, word, libc::FUTEX_WAIT_BITSET, 0, &until, 0_usize, u32::MAX)),
-            libc::ETIMEDOUT,
-        )
-    }));
-    add("sigtimedwait", Box::new(move |ns| {
-        let set = set_of(&[never]);
-        error_is(sys!(sigtimedwait(&set, std::ptr::null_mut(), &timespec(ns))), libc::EAGAIN)
-    }));
-    add("recv with SO_RCVTIMEO", Box::new(move |ns| {
-        let limit = libc::timeval {
-            tv_sec: (ns / 1_000_000_000) as i64,
-            tv_usec: (ns % 1_000_000_000 / 1000) as i64,
-        };
-        let size = size_of::<libc::timeval>() as u32;
-        sys!(setsockopt(socket[0], libc::SOL_SOCKET, libc::SO_RCVTIMEO, (&raw const limit).cast(), size)).map_err(|e| e.to_string())?;
-        let mut byte = 0_u8;
-        error_is(sys!(recv(socket[0], (&raw mut byte).cast(), 1, 0)), libc::EAGAIN)
-    }));
+    add(
+        "epoll_wait",
+        Box::new(move |ns| {
+            let mut out: libc::epoll_event = libc::epoll_event { events: 0, u64: 0 };
+            zero(sys!(epoll_wait(epoll, &mut out, 1, (ns / 1_000_000) as i32)))
+        }),
+    );
+    add(
+        "epoll_pwait",
+        Box::new(move |ns| {
+            let mut out: libc::epoll_event = libc::epoll_event { events: 0, u64: 0 };
+            zero(sys!(epoll_pwait(
+                epoll,
+                &mut out,
+                1,
+                (ns / 1_000_000) as i32,
+                &crate::kit::empty_set()
+            )))
+        }),
+    );
+    add(
+        "futex wait relative",
+        Box::new(move |ns| {
+            error_is(
+                sys!(syscall(
+                    libc::SYS_futex,
+                    word,
+                    libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+                    0,
+                    &timespec(ns)
+                )),
+                libc::ETIMEDOUT,
+            )
+        }),
+    );
+    add(
+        "futex wait absolute",
+        Box::new(move |ns| {
+            let until = timespec(now_ns() + ns);
+            error_is(
+                sys!(syscall(
+                    libc::SYS_futex,
+                    word,
+                    libc::FUTEX_WAIT_BITSET,
+                    0,
+                    &until,
+                    0_usize,
+                    u32::MAX
+                )),
+                libc::ETIMEDOUT,
+            )
+        }),
+    );
+    add(
+        "sigtimedwait",
+        Box::new(move |ns| {
+            let set = set_of(&[never]);
+            error_is(sys!(sigtimedwait(&set, std::ptr::null_mut(), &timespec(ns))), libc::EAGAIN)
+        }),
+    );
+    add(
+        "recv with SO_RCVTIMEO",
+        Box::new(move |ns| {
+            let limit = libc::timeval {
+                tv_sec: (ns / 1_000_000_000) as i64,
+                tv_usec: (ns % 1_000_000_000 / 1000) as i64,
+            };
+            let size = size_of::<libc::timeval>() as u32;
+            sys!(setsockopt(
+                socket[0],
+                libc::SOL_SOCKET,
+                libc::SO_RCVTIMEO,
+                (&raw const limit).cast(),
+                size
+            ))
+            .map_err(|e| e.to_string())?;
+            let mut byte = 0_u8;
+            error_is(sys!(recv(socket[0], (&raw mut byte).cast(), 1, 0)), libc::EAGAIN)
+        }),
+    );
     Ok(calls)
 }
 
@@ -180,13 +243,16 @@ fn woken(wake: &mut Vec<Box<dyn FnMut() -> io::Result<()>>>) -> io::Result<Vec<C
     let size = sys!(fcntl(full[0], libc::F_GETPIPE_SZ))? as usize;
     let filling = vec![7_u8; size];
     sys!(write(full[1], filling.as_ptr().cast(), size))?;
-    calls.push(("write on a full pipe", Box::new(move |_| {
-        let bytes = [7_u8; 4096];
-        match sys!(write(full[1], bytes.as_ptr().cast(), 4096)) {
-            Ok(4096) => Ok(()),
-            other => Err(format!("{other:?}")),
-        }
-    })));
+    calls.push((
+        "write on a full pipe",
+        Box::new(move |_| {
+            let bytes = [7_u8; 4096];
+            match sys!(write(full[1], bytes.as_ptr().cast(), 4096)) {
+                Ok(4096) => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        }),
+    ));
     wake.push(Box::new(move || {
         let mut bytes = [0_u8; 4096];
         match sys!(read(full[0], bytes.as_mut_ptr().cast(), 4096)) {
@@ -202,17 +268,20 @@ fn woken(wake: &mut Vec<Box<dyn FnMut() -> io::Result<()>>>) -> io::Result<Vec<C
         u64: 9,
     };
     sys!(epoll_ctl(epoll, libc::EPOLL_CTL_ADD, silent[0], &mut event))?;
-    calls.push(("epoll_wait without end", Box::new(move |_| {
-        let mut out = libc::epoll_event { events: 0, u64: 0 };
-        let result = sys!(epoll_wait(epoll, &mut out, 1, -1));
-        let data = out.u64;
-        let mut word = 0_u64;
-        sys0!(read(silent[0], (&raw mut word).cast(), 8));
-        match result {
-            Ok(1) if data == 9 => Ok(()),
-            other => Err(format!("{other:?}, data {data}")),
-        }
-    })));
+    calls.push((
+        "epoll_wait without end",
+        Box::new(move |_| {
+            let mut out = libc::epoll_event { events: 0, u64: 0 };
+            let result = sys!(epoll_wait(epoll, &mut out, 1, -1));
+            let data = out.u64;
+            let mut word = 0_u64;
+            sys0!(read(silent[0], (&raw mut word).cast(), 8));
+            match result {
+                Ok(1) if data == 9 => Ok(()),
+                other => Err(format!("{other:?}, data {data}")),
+            }
+        }),
+    ));
     wake.push(put(silent[1]));
 
     let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
@@ -222,11 +291,16 @@ fn woken(wake: &mut Vec<Box<dyn FnMut() -> io::Result<()>>>) -> io::Result<Vec<C
 
     let datagrams = std::net::UdpSocket::bind("127.0.0.1:0")?;
     let to = datagrams.local_addr()?;
-    calls.push(("recv on UDP", Box::new(move |_| match datagrams.recv(&mut [0; 16]) {
-        Ok(3) => Ok(()),
-        other => Err(format!("{other:?}")),
-    })));
-    wake.push(Box::new(move || std::net::UdpSocket::bind("127.0.0.1:0")?.send_to(b"abc", to).map(drop)));
+    calls.push((
+        "recv on UDP",
+        Box::new(move |_| match datagrams.recv(&mut [0; 16]) {
+            Ok(3) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }),
+    ));
+    wake.push(Box::new(move || {
+        std::net::UdpSocket::bind("127.0.0.1:0")?.send_to(b"abc", to).map(drop)
+    }));
 
     // A child that ends when its pipe closes, for wait4.
     let order = pipe()?;
@@ -254,13 +328,9 @@ fn fork_child(order: [i32; 2]) -> io::Result<i32> {
     let pid = sys!(fork())?;
     if pid == 0 {
         let mut word = 0_u64;
-        loop {
-            // A child that is moved while it waits must not see EINTR either; its exit code would tell.
-            match sys!(read(order[0], (&raw mut word).cast(), 8)) {
-                Ok(8) => sys0!(_exit(9)),
-                _ => sys0!(_exit(1)),
-            }
-        }
+        // A child that is moved while it waits must not see EINTR either; its exit code would tell.
+        let ended = sys!(read(order[0], (&raw mut word).cast(), 8));
+        sys0!(_exit(if ended.is_ok_and(|n| n == 8) { 9 } else { 1 }));
     }
     Ok(pid)
 }
@@ -284,26 +354,33 @@ pub fn restart(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     let mut start = |name: &'static str, mut call: Box<dyn FnMut(u64) -> Outcome + Send>, timed: bool| -> io::Result<()> {
         let record = Arc::new(Mutex::new(Record::default()));
         records.push((name, Arc::clone(&record), timed));
-        thread::Builder::new().name(name.chars().take(15).collect()).stack_size(128 << 10).spawn(move || {
-            loop {
-                let began = now_ns();
-                let result = call(wait);
-                let took = now_ns() - began;
-                let mut record = record.lock().unwrap_or_else(|e| e.into_inner());
-                record.turns += 1;
-                if let Err(e) = result {
-                    record.wrong.push(format!("{name}: {e} after {} ms", took / 1_000_000));
+        thread::Builder::new()
+            .name(name.chars().take(15).collect())
+            .stack_size(128 << 10)
+            .spawn(move || {
+                loop {
+                    let began = now_ns();
+                    let result = call(wait);
+                    let took = now_ns() - began;
+                    let mut record = record.lock().unwrap_or_else(|e| e.into_inner());
+                    record.turns += 1;
+                    if let Err(e) = result {
+                        record.wrong.push(format!("{name}: {e} after {} ms", took / 1_000_000));
+                    }
+                    if timed && took + 2_000_000 < wait {
+                        record
+                            .wrong
+                            .push(format!("{name}: came back after {} ms of {}", took / 1_000_000, wait / 1_000_000));
+                    }
+                    if timed && took > wait + slack {
+                        record.wrong.push(format!(
+                            "{name}: came back only after {} ms of {}",
+                            took / 1_000_000,
+                            wait / 1_000_000
+                        ));
+                    }
                 }
-                if timed && took + 2_000_000 < wait {
-                    record.wrong.push(format!("{name}: came back after {} ms of {}", took / 1_000_000, wait / 1_000_000));
-                }
-                if timed && took > wait + slack {
-                    record
-                        .wrong
-                        .push(format!("{name}: came back only after {} ms of {}", took / 1_000_000, wait / 1_000_000));
-                }
-            }
-        })?;
+            })?;
         Ok(())
     };
     for (name, call) in timed {

@@ -82,7 +82,12 @@ pub fn signals(mut kit: Kit) -> io::Result<ExitCode> {
     sys!(pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()))?;
 
     let count_at = count as *const () as usize;
-    set_action(libc::SIGUSR1, count_at, libc::SA_SIGINFO | libc::SA_ONSTACK, &[libc::SIGHUP, rt + 7])?;
+    set_action(
+        libc::SIGUSR1,
+        count_at,
+        libc::SA_SIGINFO | libc::SA_ONSTACK,
+        &[libc::SIGHUP, rt + 7],
+    )?;
     set_action(libc::SIGURG, count_at, libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_NODEFER, &[])?;
     set_action(rt + 8, count_at, libc::SA_SIGINFO | libc::SA_RESETHAND, &[libc::SIGINT])?;
     set_action(rt + 9, stay as *const () as usize, libc::SA_SIGINFO | libc::SA_ONSTACK, &[])?;

@@ -56,7 +56,10 @@ const OPTIONS: &[(&str, i32, i32)] = &[
 ];
 
 fn image(fd: RawFd) -> Vec<(&'static str, i32)> {
-    OPTIONS.iter().map(|(name, level, number)| (*name, option(fd, *level, *number))).collect()
+    OPTIONS
+        .iter()
+        .map(|(name, level, number)| (*name, option(fd, *level, *number)))
+        .collect()
 }
 
 fn talks(to: SocketAddr, listener: &TcpListener) -> io::Result<bool> {
@@ -111,7 +114,12 @@ pub fn sockets(mut kit: Kit) -> io::Result<ExitCode> {
     from.send(b"")?;
     from.send(b"third")?;
     let mut seq = [0; 2];
-    sys!(socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK, 0, seq.as_mut_ptr()))?;
+    sys!(socketpair(
+        libc::AF_UNIX,
+        libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK,
+        0,
+        seq.as_mut_ptr()
+    ))?;
     sys!(send(seq[0], b"packet".as_ptr().cast(), 6, 0))?;
     let (mut closing, mut other) = UnixStream::pair()?;
     closing.write_all(b"last")?;
@@ -158,7 +166,10 @@ pub fn sockets(mut kit: Kit) -> io::Result<ExitCode> {
             let said = talks(SocketAddr::from(([127, 0, 0, 1], addresses_before[0].port())), &v4);
             let said = kit.expect("TCP v4 listener", said);
             kit.equal("TCP v4 listener", said, Some(true));
-            kit.check(v6.accept().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock), "the v6 listener blocks");
+            kit.check(
+                v6.accept().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock),
+                "the v6 listener blocks",
+            );
             let _ = v6.set_nonblocking(false);
             let said = talks(SocketAddr::from(([0_u16, 0, 0, 0, 0, 0, 0, 1], addresses_before[1].port())), &v6);
             let _ = v6.set_nonblocking(true);
@@ -195,7 +206,11 @@ pub fn sockets(mut kit: Kit) -> io::Result<ExitCode> {
             let again = from.send(b"first").and(from.send(b"")).and(from.send(b"third"));
             kit.expect("unix datagrams", again);
             let n = sys0!(recv(seq[1], bytes.as_mut_ptr().cast(), 64, 0));
-            kit.equal("packet queued", bytes.get(..n.max(0) as usize).map(<[u8]>::to_vec), Some(b"packet".to_vec()));
+            kit.equal(
+                "packet queued",
+                bytes.get(..n.max(0) as usize).map(<[u8]>::to_vec),
+                Some(b"packet".to_vec()),
+            );
             sys0!(send(seq[0], b"packet".as_ptr().cast(), 6, 0));
             if first {
                 kit.equal("data before a shutdown", read(&mut other), b"last".to_vec());

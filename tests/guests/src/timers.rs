@@ -77,8 +77,14 @@ pub fn timers(mut kit: Kit) -> io::Result<ExitCode> {
     sys!(sigaction(tick, &action, std::ptr::null_mut()))?;
 
     let real = libc::itimerval {
-        it_interval: libc::timeval { tv_sec: 0, tv_usec: 20_000 },
-        it_value: libc::timeval { tv_sec: 0, tv_usec: 20_000 },
+        it_interval: libc::timeval {
+            tv_sec: 0,
+            tv_usec: 20_000,
+        },
+        it_value: libc::timeval {
+            tv_sec: 0,
+            tv_usec: 20_000,
+        },
     };
     sys!(setitimer(libc::ITIMER_REAL, &real, std::ptr::null_mut()))?;
     let long = libc::itimerval {
@@ -141,19 +147,28 @@ pub fn timers(mut kit: Kit) -> io::Result<ExitCode> {
             kit.check(ALARMS.load(Ordering::SeqCst) - alarms >= 5, "ITIMER_REAL does not fire");
             kit.check(TICKS.load(Ordering::SeqCst) - ticks >= 10, "POSIX timers do not fire");
             kit.equal("values that timer signals carried", VALUES.load(Ordering::SeqCst), 0x30);
-            for (what, id, interval) in [("CLOCK_REALTIME timer", idle, 12.000_000_034), ("CLOCK_BOOTTIME timer", hourly, 0.0)] {
+            for (what, id, interval) in [
+                ("CLOCK_REALTIME timer", idle, 12.000_000_034),
+                ("CLOCK_BOOTTIME timer", hourly, 0.0),
+            ] {
                 let got = left(id);
                 if let Some((left, every)) = kit.expect(what, got) {
                     let passed = HOUR as f64 - left;
                     // A freeze may or may not count; starting anew is an error.
-                    kit.check(passed <= elapsed + 1.5 && passed >= elapsed.min(0.04), format!("{what}: {passed} s passed of {elapsed}"));
+                    kit.check(
+                        passed <= elapsed + 1.5 && passed >= elapsed.min(0.04),
+                        format!("{what}: {passed} s passed of {elapsed}"),
+                    );
                     kit.check((every - interval).abs() < 1e-6, format!("{what}: interval {every}"));
                 }
             }
             for (what, which) in [("ITIMER_VIRTUAL", libc::ITIMER_VIRTUAL), ("ITIMER_PROF", libc::ITIMER_PROF)] {
                 let mut now: libc::itimerval = zeroed();
                 sys0!(getitimer(which, &mut now));
-                kit.check(now.it_value.tv_sec >= HOUR - 60 && now.it_value.tv_sec <= HOUR, format!("{what}: {} s left", now.it_value.tv_sec));
+                kit.check(
+                    now.it_value.tv_sec >= HOUR - 60 && now.it_value.tv_sec <= HOUR,
+                    format!("{what}: {} s left", now.it_value.tv_sec),
+                );
                 // In jiffies: the kernel rounds up.
                 kit.check(
                     now.it_interval.tv_sec == 7 && now.it_interval.tv_usec < 20_000,
@@ -177,7 +192,10 @@ pub fn timers(mut kit: Kit) -> io::Result<ExitCode> {
             let got = sys!(timerfd_gettime(long_fd, &mut now));
             kit.expect("timerfd_gettime", got);
             let passed = HOUR - now.it_value.tv_sec;
-            kit.check(passed <= elapsed as i64 + 2 && now.it_interval.tv_sec == 5, format!("long timerfd: {passed} s passed"));
+            kit.check(
+                passed <= elapsed as i64 + 2 && now.it_interval.tv_sec == 5,
+                format!("long timerfd: {passed} s passed"),
+            );
             if !unread_seen {
                 unread_seen = true;
                 let mut poll = libc::pollfd {

@@ -161,7 +161,11 @@ pub fn tree(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
                 let mut status = 0;
                 let got = sys!(waitpid(pid, &mut status, libc::WNOHANG));
                 kit.check(got.as_ref().is_ok_and(|g| *g == pid), format!("zombie {pid}: waitpid says {got:?}"));
-                let says = if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -libc::WTERMSIG(status) };
+                let says = if libc::WIFEXITED(status) {
+                    libc::WEXITSTATUS(status)
+                } else {
+                    -libc::WTERMSIG(status)
+                };
                 kit.equal(&format!("how zombie {pid} ended"), says, end);
             }
             // New ones, for the next time.

@@ -238,7 +238,11 @@ fn gs(gate: &Gate) -> Result<(), String> {
         thread::sleep(Duration::from_millis(1));
     }
     sys!(syscall(libc::SYS_arch_prctl, GET_GS, &mut now)).map_err(|e| e.to_string())?;
-    if std::mem::take(&mut before) == now { Ok(()) } else { Err(format!("gs base: now {now:#x}")) }
+    if std::mem::take(&mut before) == now {
+        Ok(())
+    } else {
+        Err(format!("gs base: now {now:#x}"))
+    }
 }
 
 fn amx_allowed() -> bool {

@@ -157,7 +157,16 @@ impl Host {
 
     /// The arguments of `migrate send` for a receiver.
     pub fn send_args<'s>(&self, pid: &'s str, receiver: &'s Receiver<'_>) -> Vec<&'s str> {
-        vec!["send", pid, &receiver.target, "--ticket", &receiver.ticket, "--mode", "stop", "--json"]
+        vec![
+            "send",
+            pid,
+            &receiver.target,
+            "--ticket",
+            &receiver.ticket,
+            "--mode",
+            "stop",
+            "--json",
+        ]
     }
 
     /// Runs `migrate send --mode stop` to the end.
@@ -215,7 +224,9 @@ impl Hosts {
     #[track_caller]
     pub fn move_with(&self, from: &Host, pid: i32, out: &Stdio, more: &[&str]) -> Moved {
         let to = self.other(from);
-        let original = from.outer(pid).unwrap_or_else(|| panic!("no process {pid} on host {}", from.name()));
+        let original = from
+            .outer(pid)
+            .unwrap_or_else(|| panic!("no process {pid} on host {}", from.name()));
         let receiver = to.receive(out);
         let sent = from.send(pid, &receiver, more);
         sent.expect_code(0);
@@ -228,17 +239,16 @@ impl Hosts {
         assert!(downtime > 0.0, "report: {report}");
         let received = receiver.wait();
         received.expect_code(0);
-        let copy = to.process(restored).unwrap_or_else(|| panic!("no process {restored} on host {}", to.name()));
+        let copy = to
+            .process(restored)
+            .unwrap_or_else(|| panic!("no process {restored} on host {}", to.name()));
         assert!(!"Zt".contains(copy.state), "the copy is not running: {copy:?}");
         within("end of the original", Duration::from_secs(10), || {
             let state = fs::read_to_string(format!("/proc/{original}/stat")).unwrap_or_default();
             let gone = state.is_empty() || state.rsplit_once(") ").is_some_and(|(_, r)| r.starts_with('Z'));
             gone.then_some(())
         });
-        Moved {
-            pid: restored,
-            report,
-        }
+        Moved { pid: restored, report }
     }
 
     /// A file in the directory that both hosts see.

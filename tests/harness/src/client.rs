@@ -127,7 +127,11 @@ fn get(address: SocketAddr) -> io::Result<String> {
 
 /// The first number of an answer, whatever surrounds it.
 fn number(body: &str) -> Option<u64> {
-    let digits: String = body.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
+    let digits: String = body
+        .chars()
+        .skip_while(|c| !c.is_ascii_digit())
+        .take_while(char::is_ascii_digit)
+        .collect();
     digits.parse().ok()
 }
 

@@ -103,9 +103,11 @@ impl Guest {
 
     fn ask(&self, request: Request) {
         let number = self.control.ask(request).expect("the control file");
-        within(&format!("answer of guest {} to {request:?}", self.name), Duration::from_secs(60), || {
-            (self.pulse().done >= number).then_some(())
-        });
+        within(
+            &format!("answer of guest {} to {request:?}", self.name),
+            Duration::from_secs(60),
+            || (self.pulse().done >= number).then_some(()),
+        );
     }
 
     /// Lets it compare everything with what was; the differences, one a line.
@@ -123,7 +125,11 @@ impl Guest {
             "guest {} {when}: {} things differ\n{}",
             self.name,
             wrong.len(),
-            wrong.iter().take(40).map(|w| w.chars().take(400).collect::<String>() + "\n").collect::<String>()
+            wrong
+                .iter()
+                .take(40)
+                .map(|w| w.chars().take(400).collect::<String>() + "\n")
+                .collect::<String>()
         );
     }
 

@@ -117,8 +117,7 @@ impl Ended {
 impl Host {
     /// Starts one; `dir` is the test's directory.
     pub(crate) fn start(name: &'static str, address: &'static str, dir: &Path) -> Host {
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("a socket pair");
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("a socket pair");
         let child = std::process::Command::new(guest_binary())
             .args(["host", &format!("migrate-{name}")])
             .stdin(ChildStdio::from(theirs))
@@ -251,7 +250,10 @@ impl Host {
         let mut at = outer;
         for _ in 0..64 {
             let status = fs::read_to_string(format!("/proc/{at}/status")).unwrap_or_default();
-            let parent = status.lines().find_map(|l| l.strip_prefix("PPid:")).and_then(|p| p.trim().parse().ok());
+            let parent = status
+                .lines()
+                .find_map(|l| l.strip_prefix("PPid:"))
+                .and_then(|p| p.trim().parse().ok());
             match parent {
                 Some(p) if p == self.init => return true,
                 Some(p) if p > 1 => at = p,
@@ -323,7 +325,13 @@ impl Host {
         }
         eprintln!("--- host {}: processes", self.name);
         for p in self.processes() {
-            eprintln!("{:>6} {:>6} {} {}", p.pid, p.outer, p.state, p.command.chars().take(100).collect::<String>());
+            eprintln!(
+                "{:>6} {:>6} {} {}",
+                p.pid,
+                p.outer,
+                p.state,
+                p.command.chars().take(100).collect::<String>()
+            );
         }
     }
 }

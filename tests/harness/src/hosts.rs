@@ -24,14 +24,21 @@ impl Hosts {
             skip("iproute2 is not installed");
             return None;
         };
-        let dir = tempfile::Builder::new().prefix("migrate-test-").tempdir().expect("a directory for the test");
+        let dir = tempfile::Builder::new()
+            .prefix("migrate-test-")
+            .tempdir()
+            .expect("a directory for the test");
         let a = Host::start("a", "10.77.0.1", dir.path());
         let b = Host::start("b", "10.77.0.2", dir.path());
         let run = |args: &str| {
             let out = Command::new(&ip).args(args.split_whitespace()).output().expect("ip runs");
             assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
         };
-        run(&format!("link add eth0 netns {} type veth peer name eth0 netns {}", a.init(), b.init()));
+        run(&format!(
+            "link add eth0 netns {} type veth peer name eth0 netns {}",
+            a.init(),
+            b.init()
+        ));
         for host in [&a, &b] {
             let set = [
                 "link set lo up".to_string(),

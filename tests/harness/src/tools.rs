@@ -13,7 +13,12 @@ use std::{
 /// How many times longer than usual everything may take: `MIGRATE_TEST_PATIENCE`.
 pub fn patience() -> u32 {
     static PATIENCE: OnceLock<u32> = OnceLock::new();
-    *PATIENCE.get_or_init(|| std::env::var("MIGRATE_TEST_PATIENCE").ok().and_then(|p| p.parse().ok()).unwrap_or(1))
+    *PATIENCE.get_or_init(|| {
+        std::env::var("MIGRATE_TEST_PATIENCE")
+            .ok()
+            .and_then(|p| p.parse().ok())
+            .unwrap_or(1)
+    })
 }
 
 /// Records that this test could not run: on stderr, and in the file `MIGRATE_SKIPS` for the summary.
@@ -70,7 +75,11 @@ fn built() -> PathBuf {
 /// The program under test.
 pub fn migrate_binary() -> PathBuf {
     let path = std::env::var_os("MIGRATE_BIN").map_or_else(|| built().join("migrate"), PathBuf::from);
-    assert!(path.exists(), "{} does not exist: build it, or name one in MIGRATE_BIN", path.display());
+    assert!(
+        path.exists(),
+        "{} does not exist: build it, or name one in MIGRATE_BIN",
+        path.display()
+    );
     path
 }
 
@@ -87,7 +96,11 @@ pub fn guest_binary() -> PathBuf {
     let path = built().join("migrate-guest");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guests/src");
     if changed(&path) < newest(&source) {
-        let profile = if built().file_name().is_some_and(|n| n == "release") { "release" } else { "dev" };
+        let profile = if built().file_name().is_some_and(|n| n == "release") {
+            "release"
+        } else {
+            "dev"
+        };
         let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
             .args(["build", "--quiet", "--package", "migrate-guests", "--profile", profile])
             .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
