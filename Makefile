@@ -1,0 +1,29 @@
+# make          build the program, optimised
+# make test     install what the tests need (as root, when missing), build, run everything; the last line counts
+# make demo     two hosts on this machine, two programs moved between them while a client keeps asking
+# make bench    the figures of the README
+# make chaos    agents killed at random instants, ten times as often as in the tests
+CARGO ?= cargo
+
+.PHONY: all build test demo bench chaos tools
+all: build
+
+build:
+	$(CARGO) build --release --bin migrate
+
+tools:
+	@tests/tools.sh
+
+test: tools
+	@tests/run.sh
+
+demo: tools
+	$(CARGO) build --release --bin migrate --package migrate --package migrate-guests --bin migrate-guest
+	$(CARGO) run --release --quiet --example demo
+
+bench: tools
+	$(CARGO) build --release --package migrate-guests --bin migrate-guest
+	$(CARGO) bench --quiet --bench downtime
+
+chaos: tools
+	MIGRATE_CHAOS=10 $(CARGO) test --test failure -- --test-threads=1 --nocapture killed_at_random

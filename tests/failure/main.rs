@@ -1,0 +1,265 @@
+//! Agents that die, and users who change their mind. Whatever happens, the program lives on exactly one side, and counts on.
+
+use migrate_harness::{Guest, Host, Hosts, Stdio, eventually, programs, two_hosts, within};
+use nix::sys::signal::Signal;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+/// Random enough, and printed: a failure can be tried again.
+struct Dice(u64);
+
+impl Dice {
+    fn new() -> Dice {
+        let seed = std::env::var("MIGRATE_SEED").ok().and_then(|s| s.parse().ok());
+        let seed = seed.unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().map_or(1, |d| d.as_nanos() as u64) | 1);
+        println!("MIGRATE_SEED={seed}");
+        Dice(seed)
+    }
+    fn below(&mut self, limit: Duration) -> Duration {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        limit.mul_f64((self.0 >> 11) as f64 / (1_u64 << 53) as f64)
+    }
+}
+
+/// The living copies of a guest: on which host, and with which pid.
+fn copies<'a>(hosts: &'a Hosts, guest: &Guest) -> Vec<(&'a Host, i32)> {
+    let dir = guest.dir().display().to_string();
+    let on = |host: &'a Host| {
+        let mut list = host.running(&dir);
+        list.retain(|p| p.command.contains("migrate-guest"));
+        list.into_iter().map(move |p| (host, p.pid)).collect::<Vec<_>>()
+    };
+    [on(&hosts.a), on(&hosts.b)].concat()
+}
+
+/// Waits until it beats again, with `migrate recover` on both hosts when it does not by itself; then there must be one copy.
+fn lives_on_once<'a>(hosts: &'a Hosts, guest: &Guest, when: &str) -> (&'a Host, i32) {
+    let beating = || {
+        let before = guest.pulse().beats;
+        eventually(Duration::from_secs(3), || guest.pulse().beats > before)
+    };
+    if !beating() {
+        for host in [&hosts.b, &hosts.a] {
+            let run = host.run(&["recover", "--json"]);
+            println!("{when}: recover on {}: code {} {}", host.name(), run.code, run.stdout.trim());
+        }
+        assert!(
+            beating(),
+            "{when}: the program stands still; copies: {:?}",
+            names(&copies(hosts, guest))
+        );
+    }
+    let settled = eventually(Duration::from_secs(5), || copies(hosts, guest).len() == 1);
+    let list = copies(hosts, guest);
+    assert!(settled, "{when}: {} copies: {:?}", list.len(), names(&list));
+    list[0]
+}
+
+fn names(list: &[(&Host, i32)]) -> Vec<String> {
+    list.iter().map(|(host, pid)| format!("{} {pid}", host.name())).collect()
+}
+
+fn counts_on(guest: &Guest, when: &str) {
+    guest.verify(when);
+    let numbers = programs::numbers(&fs::read_to_string(guest.dir().join("count")).unwrap());
+    programs::expect_in_order(&numbers);
+    assert_eq!(numbers.first(), Some(&1));
+}
+
+/// How long a whole `send` of this guest takes here.
+fn usual_time(hosts: &Hosts, options: &[(&str, &str)]) -> Duration {
+    let guest = Guest::start(&hosts.a, "counter", options);
+    let since = Instant::now();
+    let moved = hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
+    let took = since.elapsed();
+    hosts.b.signal(moved.pid, Signal::SIGKILL);
+    took
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Victim {
+    Sender,
+    Receiver,
+}
+
+fn killed_at_random_instants(victim: Victim, rounds: u32) {
+    let hosts = two_hosts!();
+    let mut dice = Dice::new();
+    let usual = usual_time(&hosts, &[]);
+    let (mut stayed, mut moved) = (0, 0);
+    for round in 0..rounds {
+        let guest = Guest::start(&hosts.a, "counter", &[]);
+        let receiver = hosts.b.receive(&Stdio::Null);
+        let pid = guest.pid.to_string();
+        let instant = dice.below(usual.mul_f64(1.1));
+        let when = format!("round {round}, killed after {instant:?} of {usual:?}");
+        let sender = hosts.a.migrate(&hosts.a.send_args(&pid, &receiver)).start();
+        std::thread::sleep(instant);
+        let agent = if victim == Victim::Sender { &sender } else { &receiver.process };
+        let killed = agent.signal(Signal::SIGKILL);
+        // The other agent must come to an end by itself, and soon.
+        if victim == Victim::Receiver {
+            let ended = sender.wait_for(Duration::from_secs(60));
+            println!("{when}: the sender ended with {ended:?}");
+        } else {
+            sender.wait_for(Duration::from_secs(5));
+        }
+        let (host, at) = lives_on_once(&hosts, &guest, &when);
+        if host.name() == "a" {
+            stayed += 1
+        } else {
+            moved += 1
+        }
+        println!(
+            "{when}: {} lives on host {}",
+            if killed { "killed" } else { "too late" },
+            host.name()
+        );
+        counts_on(&guest, &when);
+        // It can still be moved from where it is.
+        if receiver.process.ended().is_none() {
+            receiver.process.signal(Signal::SIGKILL);
+            receiver.process.wait_for(Duration::from_secs(5));
+        }
+        if host.name() == "a" {
+            let again = hosts.move_tree(host, at, &Stdio::Null);
+            counts_on(&guest, &format!("{when}, moved afterwards"));
+            hosts.b.signal(again.pid, Signal::SIGKILL);
+        } else {
+            host.signal(at, Signal::SIGKILL);
+        }
+        within("end of the guest", Duration::from_secs(10), || {
+            copies(&hosts, &guest).is_empty().then_some(())
+        });
+    }
+    println!("{stayed} stayed, {moved} moved");
+}
+
+#[test]
+fn sender_killed_at_random_instants() {
+    killed_at_random_instants(Victim::Sender, 20);
+}
+
+#[test]
+fn receiver_killed_at_random_instants() {
+    killed_at_random_instants(Victim::Receiver, 20);
+}
+
+/// In the middle of a long copy, so that the kill is before the handover for sure.
+fn killed_in_the_middle(victim: Victim) {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "512")]);
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let pid = guest.pid.to_string();
+    let sender = hosts.a.migrate(&hosts.a.send_args(&pid, &receiver)).start();
+    let copying = eventually(Duration::from_secs(20), || {
+        sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\"")
+    });
+    assert!(copying, "no event says that the copy began: {}", sender.stderr());
+    let agent = if victim == Victim::Sender { &sender } else { &receiver.process };
+    assert!(agent.signal(Signal::SIGKILL), "it was over already");
+    let ended = sender.wait_for(Duration::from_secs(60));
+    if victim == Victim::Receiver {
+        assert_eq!(ended, migrate_harness::Ended::Code(1), "{}", sender.stderr());
+    }
+    let (host, _) = lives_on_once(&hosts, &guest, "killed in the middle");
+    assert_eq!(host.name(), "a", "the handover was not reached");
+    guest.verify("after the kill");
+    assert!(
+        eventually(Duration::from_secs(10), || hosts.b.running("migrate-guest").is_empty()),
+        "remains on B"
+    );
+}
+
+#[test]
+fn sender_killed_in_the_middle_of_the_copy() {
+    killed_in_the_middle(Victim::Sender);
+}
+
+#[test]
+fn receiver_killed_in_the_middle_of_the_copy() {
+    killed_in_the_middle(Victim::Receiver);
+}
+
+#[test]
+fn ctrl_c_in_the_middle_thaws_and_leaves_nothing_behind() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "512")]);
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let pid = guest.pid.to_string();
+    let maps_before = fs::read_to_string(format!("/proc/{}/maps", hosts.a.outer(guest.pid).unwrap())).unwrap();
+    let sender = hosts.a.migrate(&hosts.a.send_args(&pid, &receiver)).start();
+    let copying = eventually(Duration::from_secs(20), || {
+        sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\"")
+    });
+    assert!(copying, "no event says that the copy began: {}", sender.stderr());
+    assert!(sender.signal(Signal::SIGINT), "it was over already");
+    let since = Instant::now();
+    let ended = sender.wait_for(Duration::from_secs(30));
+    assert_eq!(ended, migrate_harness::Ended::Code(1), "{}", sender.stderr());
+    assert!(
+        since.elapsed() < Duration::from_secs(5) * migrate_harness::patience(),
+        "Ctrl-C took {:?}",
+        since.elapsed()
+    );
+    assert!(guest.beats());
+    guest.verify("after Ctrl-C");
+    let maps = fs::read_to_string(format!("/proc/{}/maps", hosts.a.outer(guest.pid).unwrap())).unwrap();
+    let shape = |text: &str| -> Vec<String> {
+        text.lines()
+            .filter(|l| !l.contains("[heap]") && !l.contains("[stack]"))
+            .map(str::to_string)
+            .collect()
+    };
+    assert_eq!(shape(&maps), shape(&maps_before), "something was left in the program");
+    assert!(
+        eventually(Duration::from_secs(10), || hosts.b.running("migrate-guest").is_empty()),
+        "remains on B"
+    );
+    // And then it goes through.
+    if receiver.process.ended().is_none() {
+        receiver.process.signal(Signal::SIGKILL);
+        receiver.process.wait_for(Duration::from_secs(5));
+    }
+    hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
+    guest.verify("moved after all");
+}
+
+/// Before anything came: the receiver just ends.
+#[test]
+fn ctrl_c_at_the_receiver_while_it_waits() {
+    let hosts = two_hosts!();
+    let receiver = hosts.b.receive(&Stdio::Null);
+    assert!(receiver.process.signal(Signal::SIGINT));
+    receiver.process.wait_for(Duration::from_secs(5));
+    // The port is free again.
+    let again = hosts.b.receive(&Stdio::Null);
+    assert!(again.process.ended().is_none());
+}
+
+/// A program that is killed while it is moved ends on both sides, and both agents say so.
+#[test]
+fn the_program_itself_is_killed_in_the_middle() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "512")]);
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let pid = guest.pid.to_string();
+    let sender = hosts.a.migrate(&hosts.a.send_args(&pid, &receiver)).start();
+    assert!(eventually(Duration::from_secs(20), || {
+        sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\"")
+    }));
+    hosts.a.signal(guest.pid, Signal::SIGKILL);
+    let ended = sender.wait_for(Duration::from_secs(60));
+    println!("the sender ended with {ended:?}");
+    assert!(
+        eventually(Duration::from_secs(10), || {
+            copies(&hosts, &guest).is_empty() || (copies(&hosts, &guest).len() == 1 && ended == migrate_harness::Ended::Code(0))
+        }),
+        "copies: {:?}",
+        names(&copies(&hosts, &guest))
+    );
+}

@@ -1,0 +1,347 @@
+//! What every guest shares: system calls with checked results, the beat, the record of what differs.
+
+use crate::portrait::Portrait;
+use migrate_guests::control::{Control, Request, State};
+use std::{
+    fmt::Debug,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+/// A libc call whose -1 is an error.
+macro_rules! sys {
+    ($($call:tt)*) => {{
+        // SAFETY: guests hand the kernel pointers to live locals and mappings of their own; a guest that got one wrong fails its test.
+        #[allow(unused_unsafe)]
+        let result = unsafe { libc::$($call)* };
+        $crate::kit::checked(result)
+    }};
+}
+/// A libc call whose result says nothing, or is looked at by hand.
+macro_rules! sys0 {
+    ($($call:tt)*) => {{
+        // SAFETY: as in `sys!`.
+        #[allow(unused_unsafe)]
+        unsafe { libc::$($call)* }
+    }};
+}
+pub(crate) use {sys, sys0};
+
+/// Results of system calls.
+pub trait Returned: Copy {
+    /// It is -1.
+    fn failed(self) -> bool;
+}
+impl Returned for i32 {
+    fn failed(self) -> bool {
+        self == -1
+    }
+}
+impl Returned for i64 {
+    fn failed(self) -> bool {
+        self == -1
+    }
+}
+impl Returned for isize {
+    fn failed(self) -> bool {
+        self == -1
+    }
+}
+impl<T> Returned for *mut T {
+    fn failed(self) -> bool {
+        self.addr() == usize::MAX
+    }
+}
+
+/// -1 becomes errno.
+pub fn checked<T: Returned>(result: T) -> io::Result<T> {
+    if result.failed() {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// A structure of the C library, all zeros.
+pub fn zeroed<T: Plain>() -> T {
+    // SAFETY: `Plain` is implemented for C structures for which zeros are a value.
+    unsafe { std::mem::zeroed() }
+}
+
+/// C structures that may be all zeros.
+pub trait Plain {}
+macro_rules! plain {
+    ($($t:ty),*) => { $(impl Plain for $t {})* };
+}
+plain!(
+    libc::msghdr,
+    libc::sigset_t,
+    libc::siginfo_t,
+    libc::sigaction,
+    libc::stack_t,
+    libc::rlimit,
+    libc::itimerval,
+    libc::itimerspec,
+    libc::timespec,
+    libc::timeval,
+    libc::stat,
+    libc::sockaddr_in,
+    libc::sockaddr_in6,
+    libc::sockaddr_un,
+    libc::epoll_event,
+    libc::sched_param,
+    libc::sigevent,
+    libc::fd_set,
+    libc::signalfd_siginfo,
+    libc::cpu_set_t,
+    libc::pollfd
+);
+
+/// The empty signal set.
+pub fn empty_set() -> libc::sigset_t {
+    let mut set = zeroed();
+    sys0!(sigemptyset(&mut set));
+    set
+}
+
+/// A set of some signals.
+pub fn set_of(signals: &[i32]) -> libc::sigset_t {
+    let mut set = empty_set();
+    for s in signals {
+        sys0!(sigaddset(&mut set, *s));
+    }
+    set
+}
+
+/// CLOCK_MONOTONIC, nanoseconds.
+pub fn now_ns() -> u64 {
+    let mut t: libc::timespec = zeroed();
+    sys0!(clock_gettime(libc::CLOCK_MONOTONIC, &mut t));
+    t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+}
+
+/// Sleeps; a signal handler that ran does not end the sleep.
+pub fn pause(d: Duration) {
+    std::thread::sleep(d);
+}
+
+/// The same numbers for the same seed, fast.
+#[derive(Debug, Clone)]
+pub struct Numbers(u64);
+
+impl Numbers {
+    /// A stream of its own for each seed.
+    pub fn new(seed: u64) -> Numbers {
+        Numbers(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+    /// The next one.
+    pub fn draw(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+/// Options after the subcommand: `--key value` pairs.
+#[derive(Debug, Clone)]
+pub struct Options(Vec<(String, String)>);
+
+impl Options {
+    /// Parses what is left of the command line.
+    pub fn parse(args: &[String]) -> Options {
+        Options(
+            args.chunks(2)
+                .filter(|p| p.len() == 2)
+                .map(|p| (p[0].trim_start_matches("--").to_string(), p[1].clone()))
+                .collect(),
+        )
+    }
+    /// A text.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.0.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+    }
+    /// A number, or the default.
+    pub fn number(&self, key: &str, default: u64) -> u64 {
+        self.text(key).and_then(|v| v.parse().ok()).unwrap_or(default)
+    }
+}
+
+/// A guest's connection to its test, and its record of what differs.
+pub struct Kit {
+    dir: PathBuf,
+    control: Control,
+    problems: Vec<String>,
+    beats: u64,
+    longest_ns: u64,
+    last_ns: u64,
+    pid: u64,
+    failed_before: bool,
+    rest: Duration,
+    portrait: Option<Portrait>,
+    moving: Vec<String>,
+}
+
+impl Kit {
+    /// `--dir` names the directory with the control file.
+    pub fn new(options: &Options) -> io::Result<Kit> {
+        let dir = PathBuf::from(options.text("dir").ok_or_else(|| io::Error::other("--dir is missing"))?);
+        // One heap that only grows by brk, so that the list of mappings changes only where a guest means it to.
+        sys0!(mallopt(libc::M_MMAP_THRESHOLD, 1 << 30));
+        sys0!(mallopt(libc::M_TRIM_THRESHOLD, i32::MAX));
+        sys0!(mallopt(libc::M_ARENA_MAX, 1));
+        let control = Control::open(&dir.join("control"))?;
+        control.state(State::Starting)?;
+        Ok(Kit {
+            control,
+            dir,
+            problems: Vec::new(),
+            beats: 0,
+            longest_ns: 0,
+            last_ns: now_ns(),
+            pid: u64::from(std::process::id()),
+            failed_before: false,
+            rest: Duration::from_micros(options.number("rest-us", 500)),
+            portrait: None,
+            moving: Vec::new(),
+        })
+    }
+
+    /// The test's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Notes a difference.
+    pub fn differs(&mut self, what: impl Into<String>) {
+        let what = what.into();
+        eprintln!("differs: {what}");
+        if self.problems.len() < 200 {
+            self.problems.push(what);
+        }
+    }
+
+    /// The offset of this descriptor changes while the guest runs: what /proc says of it is no difference.
+    pub fn moves(&mut self, fd: &impl std::os::fd::AsRawFd) {
+        self.moving.push(format!("fdinfo {}:", fd.as_raw_fd()));
+    }
+
+    /// Notes a difference unless the condition holds.
+    pub fn check(&mut self, holds: bool, what: impl Into<String>) {
+        if !holds {
+            self.differs(what);
+        }
+    }
+
+    /// Notes a difference unless both are equal.
+    pub fn equal<T: PartialEq + Debug>(&mut self, what: &str, now: T, before: T) {
+        if now != before {
+            self.differs(format!("{what}: now {now:?}, before {before:?}"));
+        }
+    }
+
+    /// Notes an error as a difference.
+    pub fn expect<T>(&mut self, what: &str, result: io::Result<T>) -> Option<T> {
+        match result {
+            Ok(v) => Some(v),
+            Err(e) => {
+                self.differs(format!("{what}: {e}"));
+                None
+            }
+        }
+    }
+
+    /// The set-up is done: takes the portrait that [`Kit::run`] compares with and says "ready".
+    pub fn ready(&mut self) -> io::Result<()> {
+        // The first one makes the heap as large as taking one needs; the second is kept.
+        drop(Portrait::take());
+        self.portrait = Some(Portrait::take());
+        self.last_ns = now_ns();
+        self.control.beat(0, self.last_ns, 0, self.pid)?;
+        self.control.state(State::Ready)?;
+        println!("ready");
+        let _ = io::stdout().flush();
+        Ok(())
+    }
+
+    /// Records that the guest is alive.
+    pub fn beat(&mut self) {
+        let now = now_ns();
+        let gap = now.saturating_sub(self.last_ns);
+        self.last_ns = now;
+        self.longest_ns = self.longest_ns.max(gap);
+        self.beats += 1;
+        let result = self.control.beat(self.longest_ns, now, self.beats, self.pid);
+        self.expect("control file", result);
+    }
+
+    /// Beats, takes requests, and calls `step` each time round and `verify` when asked; returns the exit code.
+    pub fn run(&mut self, mut step: impl FnMut(&mut Kit), mut verify: impl FnMut(&mut Kit)) -> ExitCode {
+        loop {
+            self.beat();
+            step(self);
+            match self.control.pending() {
+                Ok(None) => {}
+                Ok(Some((number, request))) => {
+                    match request {
+                        Request::Verify => {
+                            self.compare_portrait();
+                            verify(self);
+                            // What verifying changed on purpose is the new "before".
+                            self.portrait = Some(Portrait::take());
+                            self.verdict();
+                            self.last_ns = now_ns();
+                        }
+                        Request::ResetGap => {
+                            self.longest_ns = 0;
+                            self.beat();
+                        }
+                        Request::Quit | Request::None => {}
+                    }
+                    let done = self.control.done(number);
+                    self.expect("control file", done);
+                    if request == Request::Quit {
+                        return if self.failed_before || !self.problems.is_empty() {
+                            ExitCode::FAILURE
+                        } else {
+                            ExitCode::SUCCESS
+                        };
+                    }
+                }
+                Err(e) => self.differs(format!("control file: {e}")),
+            }
+            if !self.rest.is_zero() {
+                pause(self.rest);
+            }
+        }
+    }
+
+    fn compare_portrait(&mut self) {
+        if let Some(before) = self.portrait.take() {
+            for line in before.differences(&Portrait::take()) {
+                if !self.moving.iter().any(|m| line.starts_with(m)) {
+                    self.differs(line);
+                }
+            }
+            self.portrait = Some(before);
+        }
+    }
+
+    fn verdict(&mut self) {
+        let text = if self.problems.is_empty() {
+            "ok\n".to_string()
+        } else {
+            self.problems.iter().map(|p| format!("differs: {p}\n")).collect()
+        };
+        let state = if self.problems.is_empty() { State::Ok } else { State::Differs };
+        self.failed_before |= !self.problems.is_empty();
+        let _ = std::fs::write(self.dir.join("verdict"), &text);
+        let _ = self.control.state(state);
+        if self.problems.is_empty() {
+            println!("ok");
+        }
+        self.problems.clear();
+    }
+}

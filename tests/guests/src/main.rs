@@ -1,0 +1,64 @@
+//! Guests: small programs that set something up, are moved, and find out for themselves whether anything is not as it was.
+//!
+//! `migrate-guest NAME --dir DIR [--option value]...` sets up, prints "ready", then beats into `DIR/control` and takes requests from there.
+//! Asked to verify, it writes "ok" or what differs to `DIR/verdict`. `migrate-guest host NAME` is the first process of a test host.
+
+mod counter;
+mod creds;
+mod fds;
+mod hold;
+mod host;
+mod kit;
+mod memory;
+mod portrait;
+mod restart;
+mod signals;
+mod sockets;
+mod threads;
+mod timers;
+mod tree;
+mod vmas;
+mod xstate;
+
+use kit::{Kit, Options};
+use std::{io, process::ExitCode};
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let Some((name, rest)) = args.split_first() else {
+        eprintln!("usage: migrate-guest NAME --dir DIR [--option value]...");
+        return ExitCode::from(2);
+    };
+    if name == "host" {
+        return host::main(rest.first().map_or("host", |n| n));
+    }
+    let options = Options::parse(rest);
+    match Kit::new(&options).and_then(|kit| guest(name, kit, &options)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("guest {name}: {error}");
+            ExitCode::from(3)
+        }
+    }
+}
+
+fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
+    match name {
+        "counter" => counter::counter(kit, options),
+        "ballast" => memory::ballast(kit, options),
+        "memory" => memory::memory(kit),
+        "vmas" => vmas::vmas(kit, options),
+        "threads" => threads::threads(kit, options),
+        "xstate" => xstate::xstate(kit),
+        "signals" => signals::signals(kit),
+        "timers" => timers::timers(kit),
+        "restart" => restart::restart(kit, options),
+        "tree" => tree::tree(kit, options),
+        "fds" => fds::fds(kit),
+        "files" => fds::many(kit, options),
+        "sockets" => sockets::sockets(kit),
+        "creds" => creds::creds(kit),
+        "hold" => hold::hold(kit, options),
+        _ => Err(io::Error::other("no such guest")),
+    }
+}

@@ -1,0 +1,131 @@
+//! Every guest is moved from A to B, verifies itself there, is moved back and verifies itself again.
+
+use migrate_harness::{Ended, Guest, Stdio, two_hosts, within};
+use std::time::Duration;
+
+fn there_and_back(name: &str, options: &[(&str, &str)]) {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, name, options);
+    let there = hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
+    assert!(guest.beats(), "guest {name} does not beat on B");
+    assert_eq!(
+        hosts.b.process(there.pid).map(|p| p.inner),
+        Some(guest.pid),
+        "the pid that the guest itself sees"
+    );
+    guest.verify("on B");
+    let back = hosts.move_tree(&hosts.b, there.pid, &Stdio::Null);
+    assert!(guest.beats(), "guest {name} does not beat on A");
+    guest.verify("back on A");
+    let mark = hosts.a.deaths();
+    guest.quit();
+    if let Some(ended) = within("end of the guest", Duration::from_secs(20), || {
+        match hosts.a.ended_since(mark, back.pid) {
+            Some(ended) => Some(Some(ended)),
+            None => hosts.a.process(back.pid).is_none().then_some(None),
+        }
+    }) {
+        assert_eq!(ended, Ended::Code(0), "{}", guest.output());
+    }
+    println!(
+        "{name}: downtime {:.1} ms there, {:.1} ms back",
+        there.number("downtime_ms"),
+        back.number("downtime_ms")
+    );
+}
+
+macro_rules! moved {
+    ($($test:ident: $name:literal $options:expr;)*) => { $(
+        #[test]
+        fn $test() {
+            there_and_back($name, $options);
+        }
+    )* };
+}
+moved! {
+    a_counter_that_notices_a_second_one: "counter" &[];
+    random_memory: "ballast" &[("mib", "128")];
+    random_memory_being_written: "ballast" &[("mib", "64"), ("dirty", "50")];
+    memory_of_every_kind: "memory" &[];
+    threads_with_storage_locks_and_rseq: "threads" &[];
+    registers_of_every_unit: "xstate" &[];
+    signals_that_wait_and_handlers: "signals" &[];
+    timers_of_every_kind: "timers" &[];
+    interrupted_system_calls_of_every_kind: "restart" &[];
+    a_tree_with_groups_sessions_and_zombies: "tree" &[];
+    descriptors_of_every_kind: "fds" &[];
+    sockets_with_queued_data_and_options: "sockets" &[];
+    credentials_limits_and_names: "creds" &[];
+}
+
+/// The pids of the tree are taken on B: it must see its own all the same, in a namespace of its own.
+#[test]
+fn pids_that_are_taken_on_the_other_host() {
+    let hosts = two_hosts!();
+    let guest = Guest::start_with(&hosts.a, "tree", &[("count", "6")], |c| c.pid(3000));
+    let taken: Vec<_> = (3000..3020)
+        .map(|pid| hosts.b.command(["sleep", "1000"]).pid(pid).start())
+        .collect();
+    let moved = hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
+    assert!(taken.iter().all(|t| t.ended().is_none()), "a process of B was harmed");
+    assert!(!(3000..3020).contains(&moved.pid), "two processes with one pid");
+    assert_eq!(
+        hosts.b.process(moved.pid).map(|p| p.inner),
+        Some(guest.pid),
+        "the pid that the guest itself sees"
+    );
+    guest.verify("on B, where its pids were taken");
+    let back = hosts.move_tree(&hosts.b, moved.pid, &Stdio::Null);
+    assert_eq!(hosts.a.process(back.pid).map(|p| p.inner), Some(guest.pid));
+    guest.verify("back on A, where they are free again");
+}
+
+/// Ten times there and back.
+#[test]
+fn ten_times_there_and_back() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "counter", &[]);
+    let mut pid = guest.pid;
+    for round in 0..10 {
+        pid = hosts.move_tree(&hosts.a, pid, &Stdio::Null).pid;
+        assert!(guest.beats(), "round {round}, on B");
+        pid = hosts.move_tree(&hosts.b, pid, &Stdio::Null).pid;
+        assert!(guest.beats(), "round {round}, on A");
+    }
+    guest.verify("after twenty moves");
+    let count = std::fs::read_to_string(guest.dir().join("count")).unwrap();
+    let numbers = migrate_harness::programs::numbers(&count);
+    migrate_harness::programs::expect_in_order(&numbers);
+    assert_eq!(numbers[0], 1);
+}
+
+/// The original goes on too when asked.
+#[test]
+fn leave_running_keeps_the_original() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "4")]);
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let sent = hosts.a.send(guest.pid, &receiver, &["--leave-running"]);
+    sent.expect_code(0);
+    let copy = sent.json()["restored_pid"].as_i64().unwrap() as i32;
+    let (original, copy) = (hosts.a.process(guest.pid).unwrap(), hosts.b.process(copy).unwrap());
+    assert!(
+        !"TtZ".contains(original.state) && !"TtZ".contains(copy.state),
+        "{original:?} {copy:?}"
+    );
+}
+
+/// After the first contact no ticket is needed.
+#[test]
+fn trusted_hosts_need_no_ticket() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "counter", &[]);
+    let there = hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
+    let _back = hosts.move_tree(&hosts.b, there.pid, &Stdio::Null);
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let pid = guest.pid.to_string();
+    let sent = hosts.a.run(&["send", &pid, &receiver.target, "--mode", "stop", "--json"]);
+    sent.expect_code(0);
+    receiver.wait().expect_code(0);
+    guest.verify("moved without a ticket");
+}

@@ -1,0 +1,263 @@
+//! The program under test: both agents, and what they report.
+
+use crate::{
+    host::{Ended, Host, Process, Stdio},
+    hosts::Hosts,
+    tools::migrate_binary,
+    wait::within,
+};
+use serde_json::Value;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+/// Port that receivers listen on; every test has a network of its own.
+pub const PORT: u16 = 7878;
+
+/// What became of one run of the binary.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// Exit code; 128 and the signal's number when a signal ended it.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Run {
+    pub(crate) fn of(process: &Process<'_>, limit: Duration) -> Run {
+        let ended = process.wait_for(limit);
+        // The last bytes may still be in the pipe.
+        std::thread::sleep(Duration::from_millis(20));
+        Run {
+            code: match ended {
+                Ended::Code(code) => code,
+                Ended::Signal(signal) => 128 + signal,
+            },
+            stdout: process.stdout(),
+            stderr: process.stderr(),
+        }
+    }
+
+    /// The object that `--json` prints at the end.
+    pub fn json(&self) -> Value {
+        // The last line that is an object, or the whole output when it is printed over several lines.
+        let whole = serde_json::from_str(self.stdout.trim());
+        whole
+            .or_else(|_| serde_json::from_str(self.stdout.lines().rev().find(|l| l.starts_with('{')).unwrap_or("")))
+            .unwrap_or(Value::Null)
+    }
+
+    /// Both outputs, to search in.
+    pub fn all(&self) -> String {
+        format!("{}\n{}", self.stdout, self.stderr)
+    }
+
+    /// Fails the test unless the exit code is this.
+    #[track_caller]
+    pub fn expect_code(&self, code: i32) -> &Run {
+        assert_eq!(self.code, code, "exit code\nstdout: {}\nstderr: {}", self.stdout, self.stderr);
+        self
+    }
+
+    /// Fails the test unless the output says this, whatever its case.
+    #[track_caller]
+    pub fn expect_says(&self, any_of: &[&str]) -> &Run {
+        let all = self.all().to_lowercase();
+        assert!(
+            any_of.iter().any(|text| all.contains(&text.to_lowercase())),
+            "none of {any_of:?} in\nstdout: {}\nstderr: {}",
+            self.stdout,
+            self.stderr
+        );
+        self
+    }
+}
+
+/// A tree to be moved: a guest or a process.
+pub trait Tree {
+    /// Its root's pid in the host where it was started.
+    fn root(&self) -> i32;
+}
+impl Tree for i32 {
+    fn root(&self) -> i32 {
+        *self
+    }
+}
+impl Tree for crate::Guest {
+    fn root(&self) -> i32 {
+        self.pid
+    }
+}
+impl Tree for Process<'_> {
+    fn root(&self) -> i32 {
+        self.pid
+    }
+}
+
+impl Host {
+    /// `migrate ARGS... --state-dir` of this host, not yet started.
+    pub fn migrate(&self, args: &[&str]) -> crate::Command<'_> {
+        let mut argv = vec![migrate_binary().display().to_string()];
+        argv.extend(args.iter().map(|a| (*a).to_string()));
+        let state = self.dir().join("state").display().to_string();
+        self.command(argv)
+            .env("MIGRATE_STATE_DIR", &state)
+            .env("RUST_BACKTRACE", "1")
+            .label(&format!("migrate {}", args.join(" ")))
+    }
+
+    /// Runs it to the end.
+    pub fn run(&self, args: &[&str]) -> Run {
+        Run::of(&self.migrate(args).start(), Duration::from_secs(180))
+    }
+
+    /// `migrate receive --once` with a fresh ticket; the tree's output goes to `out`.
+    pub fn receive(&self, out: &Stdio) -> Receiver<'_> {
+        self.receive_with(out, &[])
+    }
+
+    /// The same with more options.
+    pub fn receive_with(&self, out: &Stdio, more: &[&str]) -> Receiver<'_> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let ticket_file = self.dir().join(format!("ticket-{}", NUMBER.fetch_add(1, Ordering::SeqCst)));
+        let listen = format!("{}:{PORT}", self.address());
+        let ticket_name = ticket_file.display().to_string();
+        let mut args = vec!["receive", "--listen", &listen, "--ticket-file", &ticket_name, "--once", "--stdio"];
+        let path;
+        match out {
+            Stdio::Terminal => args.push("inherit"),
+            Stdio::File(to) => {
+                path = to.display().to_string();
+                args.extend([path.as_str(), "--json"]);
+            }
+            Stdio::Null | Stdio::Pipe => args.extend(["null", "--json"]),
+        }
+        args.extend(more);
+        let on = if *out == Stdio::Terminal { Stdio::Terminal } else { Stdio::Pipe };
+        let process = self.migrate(&args).stdio(on).start();
+        let ticket = within("ticket of the receiver", Duration::from_secs(20), || {
+            if let Some(ended) = process.ended() {
+                panic!("migrate receive ended: {ended:?}\n{}\n{}", process.stdout(), process.stderr());
+            }
+            let ticket = fs::read_to_string(&ticket_file).ok()?;
+            (!ticket.trim().is_empty()).then(|| ticket.trim().to_string())
+        });
+        Receiver {
+            process,
+            ticket,
+            ticket_file,
+            target: listen,
+        }
+    }
+
+    /// The arguments of `migrate send` for a receiver.
+    pub fn send_args<'s>(&self, pid: &'s str, receiver: &'s Receiver<'_>) -> Vec<&'s str> {
+        vec![
+            "send",
+            pid,
+            &receiver.target,
+            "--ticket",
+            &receiver.ticket,
+            "--mode",
+            "stop",
+            "--json",
+        ]
+    }
+
+    /// Runs `migrate send --mode stop` to the end.
+    pub fn send(&self, pid: i32, receiver: &Receiver<'_>, more: &[&str]) -> Run {
+        let pid = pid.to_string();
+        let mut args = self.send_args(&pid, receiver);
+        args.extend(more);
+        self.run(&args)
+    }
+}
+
+/// A waiting `migrate receive`.
+pub struct Receiver<'a> {
+    /// The agent.
+    pub process: Process<'a>,
+    /// Its one-time ticket.
+    pub ticket: String,
+    /// Where that was written.
+    pub ticket_file: PathBuf,
+    /// What to type after the pid.
+    pub target: String,
+}
+
+impl Receiver<'_> {
+    /// Waits for its end.
+    pub fn wait(&self) -> Run {
+        Run::of(&self.process, Duration::from_secs(60))
+    }
+}
+
+/// A tree that was moved.
+#[derive(Debug, Clone)]
+pub struct Moved {
+    /// Its root's pid on the other host.
+    pub pid: i32,
+    /// The sender's report.
+    pub report: Value,
+}
+
+impl Moved {
+    /// A number of the report.
+    pub fn number(&self, key: &str) -> f64 {
+        self.report.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN)
+    }
+}
+
+impl Hosts {
+    /// Moves a tree from a host to the other with `--mode stop`, and fails the test unless both agents are content and only the copy is left.
+    #[track_caller]
+    pub fn move_tree(&self, from: &Host, pid: i32, out: &Stdio) -> Moved {
+        self.move_with(from, pid, out, &[])
+    }
+
+    /// The same with more options for `send`.
+    #[track_caller]
+    pub fn move_with(&self, from: &Host, pid: i32, out: &Stdio, more: &[&str]) -> Moved {
+        let to = self.other(from);
+        let original = from
+            .outer(pid)
+            .unwrap_or_else(|| panic!("no process {pid} on host {}", from.name()));
+        let receiver = to.receive(out);
+        let sent = from.send(pid, &receiver, more);
+        sent.expect_code(0);
+        let report = sent.json();
+        assert_eq!(report["outcome"], "migrated", "report: {report}\nstderr: {}", sent.stderr);
+        assert_eq!(report["pid"], pid, "report: {report}");
+        let restored = report["restored_pid"].as_i64().unwrap_or(0) as i32;
+        assert!(restored > 0, "report: {report}");
+        let downtime = report["downtime_ms"].as_f64().unwrap_or(-1.0);
+        assert!(downtime > 0.0, "report: {report}");
+        let received = receiver.wait();
+        received.expect_code(0);
+        let copy = to
+            .process(restored)
+            .unwrap_or_else(|| panic!("no process {restored} on host {}", to.name()));
+        assert!(!"Zt".contains(copy.state), "the copy is not running: {copy:?}");
+        within("end of the original", Duration::from_secs(10), || {
+            let state = fs::read_to_string(format!("/proc/{original}/stat")).unwrap_or_default();
+            let gone = state.is_empty() || state.rsplit_once(") ").is_some_and(|(_, r)| r.starts_with('Z'));
+            gone.then_some(())
+        });
+        Moved { pid: restored, report }
+    }
+
+    /// A file in the directory that both hosts see.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir().join(name)
+    }
+
+    /// Reads one of them.
+    pub fn read(&self, name: impl AsRef<Path>) -> String {
+        fs::read_to_string(self.dir().join(name)).unwrap_or_default()
+    }
+}

@@ -1,0 +1,150 @@
+//! A guest as its test sees it.
+
+use crate::{
+    host::{Host, Stdio},
+    tools::guest_binary,
+    wait::{eventually, within},
+};
+use migrate_guests::control::{Control, Pulse, Request, State};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+/// A guest, wherever it runs.
+pub struct Guest {
+    name: String,
+    /// Its root's pid, in the host it was started in.
+    pub pid: i32,
+    dir: PathBuf,
+    control: Control,
+}
+
+impl Guest {
+    /// Starts `name` in a host, with its options, and waits until it is set up.
+    pub fn start(host: &Host, name: &str, options: &[(&str, &str)]) -> Guest {
+        Guest::start_with(host, name, options, |c| c)
+    }
+
+    /// The same, with more to say about the command.
+    pub fn start_with<'a>(
+        host: &'a Host,
+        name: &str,
+        options: &[(&str, &str)],
+        more: impl FnOnce(crate::Command<'a>) -> crate::Command<'a>,
+    ) -> Guest {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let shared = host.dir().parent().expect("the test's directory");
+        let dir = shared.join(format!("guest-{}-{}", name, NUMBER.fetch_add(1, Ordering::SeqCst)));
+        fs::create_dir_all(&dir).expect("a directory for the guest");
+        // Guests that give up root still find their way.
+        let _ = std::os::unix::fs::chown(shared, Some(0), Some(0));
+        let _ = fs::set_permissions(shared, std::os::unix::fs::PermissionsExt::from_mode(0o755));
+        let control = Control::open(&dir.join("control")).expect("the control file");
+        let mut argv = vec![
+            guest_binary().display().to_string(),
+            name.to_string(),
+            "--dir".into(),
+            dir.display().to_string(),
+        ];
+        for (key, value) in options {
+            argv.push(format!("--{key}"));
+            argv.push((*value).to_string());
+        }
+        // The terminal and the pipe are tried with real programs; a guest's own words go to a file.
+        let out = dir.join("out");
+        fs::write(&out, "").expect("the guest's output");
+        let process = more(host.command(argv).stdio(Stdio::File(out.clone())).label(&format!("guest {name}"))).start();
+        let pid = process.pid;
+        let words = || fs::read_to_string(&out).unwrap_or_default();
+        within(&format!("set-up of guest {name}"), Duration::from_secs(60), || {
+            if let Some(ended) = process.ended() {
+                panic!("guest {name} ended during set-up: {ended:?}\n{}", words());
+            }
+            (control.pulse().ok()?.state == State::Ready).then_some(())
+        });
+        Guest {
+            name: name.into(),
+            pid,
+            dir,
+            control,
+        }
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What it said.
+    pub fn output(&self) -> String {
+        fs::read_to_string(self.dir.join("out")).unwrap_or_default()
+    }
+
+    /// Its side of the control file.
+    pub fn pulse(&self) -> Pulse {
+        self.control.pulse().expect("the control file")
+    }
+
+    /// Does it beat?
+    pub fn beats(&self) -> bool {
+        let before = self.pulse().beats;
+        eventually(Duration::from_secs(10), || self.pulse().beats > before)
+    }
+
+    /// Does it stand still for this long?
+    pub fn rests(&self, time: Duration) -> bool {
+        let before = self.pulse().beats;
+        std::thread::sleep(time);
+        self.pulse().beats == before
+    }
+
+    fn ask(&self, request: Request) {
+        let number = self.control.ask(request).expect("the control file");
+        within(
+            &format!("answer of guest {} to {request:?}", self.name),
+            Duration::from_secs(60),
+            || (self.pulse().done >= number).then_some(()),
+        );
+    }
+
+    /// Lets it compare everything with what was; the differences, one a line.
+    pub fn differences(&self) -> Vec<String> {
+        self.ask(Request::Verify);
+        let verdict = fs::read_to_string(self.dir.join("verdict")).expect("a verdict");
+        verdict.lines().filter(|l| *l != "ok").map(str::to_string).collect()
+    }
+
+    /// Lets it compare, and fails the test with what differs.
+    pub fn verify(&self, when: &str) {
+        let wrong = self.differences();
+        assert!(
+            wrong.is_empty(),
+            "guest {} {when}: {} things differ\n{}",
+            self.name,
+            wrong.len(),
+            wrong
+                .iter()
+                .take(40)
+                .map(|w| w.chars().take(400).collect::<String>() + "\n")
+                .collect::<String>()
+        );
+    }
+
+    /// Forgets the longest gap between beats.
+    pub fn reset_gap(&self) {
+        self.ask(Request::ResetGap);
+    }
+
+    /// The longest gap between two beats since it was reset: a freeze as the program sees it.
+    pub fn gap(&self) -> Duration {
+        Duration::from_nanos(self.pulse().longest_gap_ns)
+    }
+
+    /// Asks it to end, wherever it is, and waits until it says it does.
+    pub fn quit(&self) {
+        self.ask(Request::Quit);
+    }
+}

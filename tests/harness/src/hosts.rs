@@ -1,0 +1,74 @@
+//! The two hosts and the link between them.
+
+use crate::{host::Host, tools::skip};
+use std::{path::Path, process::Command};
+use tempfile::TempDir;
+
+/// Where a tree goes from and to.
+pub struct Hosts {
+    /// 10.77.0.1.
+    pub a: Host,
+    /// 10.77.0.2.
+    pub b: Host,
+    dir: TempDir,
+}
+
+impl Hosts {
+    /// Makes them; `None` after a recorded skip when this machine cannot.
+    pub fn new() -> Option<Hosts> {
+        if !nix::unistd::geteuid().is_root() {
+            skip("namespaces and ptrace of another session need root");
+            return None;
+        }
+        let Some(ip) = crate::tools::tool("ip") else {
+            skip("iproute2 is not installed");
+            return None;
+        };
+        let dir = tempfile::Builder::new()
+            .prefix("migrate-test-")
+            .tempdir()
+            .expect("a directory for the test");
+        let a = Host::start("a", "10.77.0.1", dir.path());
+        let b = Host::start("b", "10.77.0.2", dir.path());
+        let run = |args: &str| {
+            let out = Command::new(&ip).args(args.split_whitespace()).output().expect("ip runs");
+            assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+        };
+        run(&format!(
+            "link add eth0 netns {} type veth peer name eth0 netns {}",
+            a.init(),
+            b.init()
+        ));
+        for host in [&a, &b] {
+            let set = [
+                "link set lo up".to_string(),
+                format!("addr add {}/24 dev eth0", host.address()),
+                "link set eth0 up".to_string(),
+            ];
+            for args in set {
+                let out = host.inside(|| Command::new(&ip).args(args.split_whitespace()).output().expect("ip runs"));
+                assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
+            }
+        }
+        Some(Hosts { a, b, dir })
+    }
+
+    /// A directory that both see, gone after the test.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The other one.
+    pub fn other(&self, host: &Host) -> &Host {
+        if host.name() == "a" { &self.b } else { &self.a }
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.a.dump();
+            self.b.dump();
+        }
+    }
+}

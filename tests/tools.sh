@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Installs what building and testing need and this machine lacks; says so. Without root it only says what is missing:
+# the tests concerned are then skipped by name.
+set -euo pipefail
+
+# program:package
+wanted=(
+  busybox:busybox-static
+  redis-server:redis-server
+  python3:python3
+  node:nodejs
+  ip:iproute2
+  make:make
+  cc:gcc
+  cmake:cmake
+)
+missing=()
+for pair in "${wanted[@]}"; do
+  command -v "${pair%%:*}" >/dev/null 2>&1 || PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair##*:}")
+done
+if [ ${#missing[@]} -eq 0 ]; then
+  exit 0
+fi
+if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
+  echo "missing, and not installed (that takes root and apt-get): ${missing[*]}" >&2
+  exit 0
+fi
+echo "installing: ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+# No package may start a service of its own: the tests start what they need.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod +x "$policy"
+  trap 'rm -f "$policy"' EXIT
+fi
+apt-get update -qq
+apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null
