@@ -225,14 +225,28 @@ impl Program {
 
 /// Starts a saved tree; blocks until it runs.
 pub fn restore(options: RestoreOptions, events: Events, cancel: CancellationToken) -> Result<Restored, Failure> {
-    let RestoreOptions { dir, name, stdio, pid_file, .. } = options;
+    let RestoreOptions {
+        dir,
+        name,
+        stdio,
+        pid_file,
+        ..
+    } = options;
     let r = images::restore(&images::RestoreOptions { dir, name, stdio }, &events, &cancel)?;
     if let Some(file) = pid_file
         && let Err(e) = std::fs::write(&file, format!("{}\n", r.pid))
     {
-        events(Event::Note { text: format!("the program runs as pid {}, but {} cannot be written: {e}", r.pid, file.display()) });
+        events(Event::Note {
+            text: format!("the program runs as pid {}, but {} cannot be written: {e}", r.pid, file.display()),
+        });
     }
-    Ok(Restored { report: r.report, program: Program { pid: r.pid, _tracer: Arc::new(r.tracer) } })
+    Ok(Restored {
+        report: r.report,
+        program: Program {
+            pid: r.pid,
+            _tracer: Arc::new(r.tracer),
+        },
+    })
 }
 
 /// A checkpoint, as `show` shows it.
@@ -292,14 +306,22 @@ pub fn show(dir: &Path, name: &str) -> Result<ImageDetail, Failure> {
                     .fds
                     .iter()
                     .map(|f| {
-                        let kind = tree.descriptions.get(f.description as usize).map(|d| check::describe(&tree, &d.kind));
+                        let kind = tree
+                            .descriptions
+                            .get(f.description as usize)
+                            .map(|d| check::describe(&tree, &d.kind));
                         format!("{} {}", f.fd, kind.unwrap_or_default())
                     })
                     .collect(),
             }
         })
         .collect();
-    Ok(ImageDetail { info, hostname: tree.host.hostname.clone(), kernel: tree.host.kernel.clone(), tree: processes })
+    Ok(ImageDetail {
+        info,
+        hostname: tree.host.hostname.clone(),
+        kernel: tree.host.kernel.clone(),
+        tree: processes,
+    })
 }
 
 /// Removes a checkpoint.
@@ -329,7 +351,9 @@ pub async fn check_pair(
     let fail = |m: String| Failure::failed("check", pid.unwrap_or(0), m);
     let tree = match pid {
         Some(pid) => {
-            let d = tokio::task::spawn_blocking(move || source::inventory(pid)).await.map_err(|e| fail(e.to_string()))??;
+            let d = tokio::task::spawn_blocking(move || source::inventory(pid))
+                .await
+                .map_err(|e| fail(e.to_string()))??;
             Some((d.tree, d.blockers))
         }
         None => None,
@@ -338,7 +362,12 @@ pub async fn check_pair(
     let work = async {
         let mut link = dial.connect().await?;
         let (tree, mut blockers) = tree.unwrap_or_else(|| (migrate_engine::image::Tree::empty(host.clone()), Vec::new()));
-        let inventory = Inventory { id: source::new_id(), tree, check_only: true, leave_running: false };
+        let inventory = Inventory {
+            id: source::new_id(),
+            tree,
+            check_only: true,
+            leave_running: false,
+        };
         let lost = |e: wire::WireError| fail(e.to_string());
         wire::send(&mut link, &Message::Inventory(inventory)).await.map_err(lost)?;
         let answer = wire::recv(&mut link).await.map_err(lost)?;
@@ -347,11 +376,19 @@ pub async fn check_pair(
         match answer {
             Message::Accept(a) => {
                 let items = check::compare(&host, &a.host);
-                Ok(PairReport { peer: format!("{} (Linux {})", a.host.hostname, a.host.kernel), items, blockers })
+                Ok(PairReport {
+                    peer: format!("{} (Linux {})", a.host.hostname, a.host.kernel),
+                    items,
+                    blockers,
+                })
             }
             Message::Refuse(b) => {
                 blockers.extend(b);
-                Ok(PairReport { peer: name, items: Vec::new(), blockers })
+                Ok(PairReport {
+                    peer: name,
+                    items: Vec::new(),
+                    blockers,
+                })
             }
             other => Err(fail(format!("{to} sent {} instead of an answer", other.name()))),
         }
@@ -391,26 +428,42 @@ fn seconds(t: SystemTime) -> u64 {
 }
 
 fn trusted(p: migrate_transport::trust::TrustedPeer) -> TrustedPeer {
-    TrustedPeer { fingerprint: p.fingerprint.to_string(), name: p.name.to_string(), added: seconds(p.first_seen) }
+    TrustedPeer {
+        fingerprint: p.fingerprint.to_string(),
+        name: p.name.to_string(),
+        added: seconds(p.first_seen),
+    }
 }
 
 /// Lists the trusted hosts.
 pub fn trust_list(state_dir: &Path) -> Result<TrustList, Failure> {
-    let own = Identity::load_or_create(state_dir).map_err(trust_failure)?.fingerprint().to_string();
+    let own = Identity::load_or_create(state_dir)
+        .map_err(trust_failure)?
+        .fingerprint()
+        .to_string();
     let peers = TrustStore::open(state_dir).and_then(|s| s.list()).map_err(trust_failure)?;
-    Ok(TrustList { own, peers: peers.into_iter().map(trusted).collect() })
+    Ok(TrustList {
+        own,
+        peers: peers.into_iter().map(trusted).collect(),
+    })
 }
 
 /// Trusts a host.
 pub fn trust_add(state_dir: &Path, fingerprint: &str, name: Option<&str>) -> Result<TrustedPeer, Failure> {
     let f = Fingerprint::from_str(fingerprint).map_err(trust_failure)?;
     let name = PeerName::new(name.unwrap_or("unnamed")).map_err(trust_failure)?;
-    TrustStore::open(state_dir).and_then(|s| s.add(f, &name)).map(trusted).map_err(trust_failure)
+    TrustStore::open(state_dir)
+        .and_then(|s| s.add(f, &name))
+        .map(trusted)
+        .map_err(trust_failure)
 }
 
 /// Trusts a host, by fingerprint or name, no longer.
 pub fn trust_remove(state_dir: &Path, peer: &str) -> Result<TrustedPeer, Failure> {
-    TrustStore::open(state_dir).and_then(|s| s.remove(peer)).map(trusted).map_err(trust_failure)
+    TrustStore::open(state_dir)
+        .and_then(|s| s.remove(peer))
+        .map(trusted)
+        .map_err(trust_failure)
 }
 
 /// A hand-over that a crash left open.
@@ -440,11 +493,19 @@ pub fn recover_list(state_dir: &Path) -> Result<Vec<OpenHandover>, Failure> {
             let alive = e.alive();
             let state = match (e.side, alive.is_empty()) {
                 (_, true) => "its processes are gone; nothing is left to decide".to_owned(),
-                (Side::Source, false) => format!("{} processes are kept stopped here until {} says what became of the copy", alive.len(), e.peer),
+                (Side::Source, false) => format!(
+                    "{} processes are kept stopped here until {} says what became of the copy",
+                    alive.len(),
+                    e.peer
+                ),
                 (Side::Destination, false) => "the copy waits or runs here".to_owned(),
             };
             OpenHandover {
-                side: if e.side == Side::Source { "source".into() } else { "destination".into() },
+                side: if e.side == Side::Source {
+                    "source".into()
+                } else {
+                    "destination".into()
+                },
                 pid: e.processes.first().map_or(0, |p| p.0),
                 id: e.id,
                 peer: e.peer,
@@ -457,8 +518,9 @@ pub fn recover_list(state_dir: &Path) -> Result<Vec<OpenHandover>, Failure> {
 
 /// Finishes or undoes one. Says what became of the program.
 pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, cancel: CancellationToken) -> Result<String, Failure> {
-    let (journal, entry) = Journal::open(state_dir, id, Side::Source)
-        .map_err(|e| Failure::failed("recover", 0, format!("no open hand-over {id} on this host: {e}")).with_fix("`migrate recover` lists them"))?;
+    let (journal, entry) = Journal::open(state_dir, id, Side::Source).map_err(|e| {
+        Failure::failed("recover", 0, format!("no open hand-over {id} on this host: {e}")).with_fix("`migrate recover` lists them")
+    })?;
     let alive = entry.alive();
     let pid = entry.processes.first().map_or(0, |p| p.0);
     let signal = |s: i32| alive.iter().for_each(|p| drop(misc::kill(*p, s)));
@@ -473,7 +535,10 @@ pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, ca
     }
     if abort {
         signal(SIGCONT);
-        return done(journal, format!("process {pid} runs on here; see to it that no copy runs at {}", entry.peer));
+        return done(
+            journal,
+            format!("process {pid} runs on here; see to it that no copy runs at {}", entry.peer),
+        );
     }
     let dial = Dial::new(&entry.peer, None, state_dir, pid)?;
     events(Event::Phase { phase: "ask" });
@@ -484,18 +549,26 @@ pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, ca
     match answer {
         Some(Message::Running(r)) => {
             signal(SIGKILL);
-            done(journal, format!("the copy runs at {} as pid {}; the stopped original was ended", entry.peer, r.pid))
+            done(
+                journal,
+                format!("the copy runs at {} as pid {}; the stopped original was ended", entry.peer, r.pid),
+            )
         }
         Some(Message::Aborted(reason)) => {
             signal(SIGCONT);
-            done(journal, format!("{} did not resume it ({reason}); process {pid} runs on here", entry.peer))
+            done(
+                journal,
+                format!("{} did not resume it ({reason}); process {pid} runs on here", entry.peer),
+            )
         }
         _ => Err(Failure {
             class: migrate_engine::report::Class::Unknown,
             phase: "recover",
             pid,
             message: format!("{} does not answer; process {pid} stays stopped", entry.peer),
-            fix: Some(format!("try again when it is reachable, or, if the copy is surely dead, migrate recover {id} --abort")),
+            fix: Some(format!(
+                "try again when it is reachable, or, if the copy is surely dead, migrate recover {id} --abort"
+            )),
             blockers: Vec::new(),
         }),
     }

@@ -105,13 +105,33 @@ pub struct PairReport {
 
 const CAPS: [(u32, &str, CheckOk, &str); 8] = [
     (19, "CAP_SYS_PTRACE", CheckOk::No, "processes cannot be stopped and read"),
-    (21, "CAP_SYS_ADMIN", CheckOk::No, "pids cannot be chosen, shared memory cannot be reached"),
+    (
+        21,
+        "CAP_SYS_ADMIN",
+        CheckOk::No,
+        "pids cannot be chosen, shared memory cannot be reached",
+    ),
     (8, "CAP_SETPCAP", CheckOk::Degraded, "capabilities of the copy cannot be set"),
     (7, "CAP_SETUID", CheckOk::Degraded, "only programs of this user can be resumed"),
-    (12, "CAP_NET_ADMIN", CheckOk::Degraded, "some socket options (SO_MARK, forced buffers) cannot be set"),
-    (23, "CAP_SYS_NICE", CheckOk::Degraded, "nice values below 0 and real-time policies cannot be set"),
+    (
+        12,
+        "CAP_NET_ADMIN",
+        CheckOk::Degraded,
+        "some socket options (SO_MARK, forced buffers) cannot be set",
+    ),
+    (
+        23,
+        "CAP_SYS_NICE",
+        CheckOk::Degraded,
+        "nice values below 0 and real-time policies cannot be set",
+    ),
     (14, "CAP_IPC_LOCK", CheckOk::Degraded, "locked memory is limited by RLIMIT_MEMLOCK"),
-    (24, "CAP_SYS_RESOURCE", CheckOk::Degraded, "programs with hard limits above this agent's are refused"),
+    (
+        24,
+        "CAP_SYS_RESOURCE",
+        CheckOk::Degraded,
+        "programs with hard limits above this agent's are refused",
+    ),
 ];
 
 /// Looks at this host.
@@ -121,21 +141,70 @@ pub fn host() -> Result<HostReport, Failure> {
     let host = dump::host::host().map_err(fail)?;
     let me = std::process::id() as i32;
     let own = status::read(me).map_err(fail)?;
-    let mut items = vec![CheckItem::new("kernel", true, No, format!("{} on {}", host.kernel, host.hostname), "", "")];
+    let mut items = vec![CheckItem::new(
+        "kernel",
+        true,
+        No,
+        format!("{} on {}", host.kernel, host.hostname),
+        "",
+        "",
+    )];
     let uid = rustix::process::geteuid().as_raw();
-    items.push(CheckItem::new("root", uid == 0, Degraded, format!("uid {uid}"), "only processes of this user can be moved", "run migrate as root"));
+    items.push(CheckItem::new(
+        "root",
+        uid == 0,
+        Degraded,
+        format!("uid {uid}"),
+        "only processes of this user can be moved",
+        "run migrate as root",
+    ));
     let cap = |n: u32| own.caps[2] >> n & 1 == 1;
     for (n, name, absent, effect) in CAPS {
-        items.push(CheckItem::new(name, cap(n), absent, if cap(n) { "effective" } else { "missing" }, effect, "run migrate as root with this capability"));
+        items.push(CheckItem::new(
+            name,
+            cap(n),
+            absent,
+            if cap(n) { "effective" } else { "missing" },
+            effect,
+            "run migrate as root with this capability",
+        ));
     }
     let set_tid = cap(40) || cap(21);
-    items.push(CheckItem::new("clone3 set_tid", set_tid, No, "CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN", "pids cannot be kept", "run migrate as root"));
+    items.push(CheckItem::new(
+        "clone3 set_tid",
+        set_tid,
+        No,
+        "CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN",
+        "pids cannot be kept",
+        "run migrate as root",
+    ));
     let children = Path::new("/proc/thread-self/children").exists();
-    items.push(CheckItem::new("/proc children", children, No, "CONFIG_PROC_CHILDREN", "the tree below a process cannot be found", "use a kernel with it"));
+    items.push(CheckItem::new(
+        "/proc children",
+        children,
+        No,
+        "CONFIG_PROC_CHILDREN",
+        "the tree below a process cannot be found",
+        "use a kernel with it",
+    ));
     let map_files = std::fs::read_dir("/proc/self/map_files").is_ok_and(|mut d| d.next().is_some());
-    items.push(CheckItem::new("/proc map_files", map_files, No, "", "shared memory cannot be reached", "run migrate as root"));
+    items.push(CheckItem::new(
+        "/proc map_files",
+        map_files,
+        No,
+        "",
+        "shared memory cannot be reached",
+        "run migrate as root",
+    ));
     let kcmp = misc::shares(me, me, misc::Shared::Vm).is_ok();
-    items.push(CheckItem::new("kcmp", kcmp, No, "CONFIG_KCMP", "shared descriptors cannot be told from equal ones", "use a kernel with CONFIG_KCMP"));
+    items.push(CheckItem::new(
+        "kcmp",
+        kcmp,
+        No,
+        "CONFIG_KCMP",
+        "shared descriptors cannot be told from equal ones",
+        "use a kernel with CONFIG_KCMP",
+    ));
     let timens = Path::new("/proc/self/ns/time").exists();
     items.push(CheckItem::new(
         "time namespaces",
@@ -159,14 +228,25 @@ pub fn host() -> Result<HostReport, Failure> {
         Ok(f) => format!("features {f:#x}"),
         Err(e) => e.to_string(),
     };
-    items.push(CheckItem::new("userfaultfd", features.is_ok(), Degraded, uffd_detail, "pages cannot be fetched on demand", "use a kernel with CONFIG_USERFAULTFD"));
+    items.push(CheckItem::new(
+        "userfaultfd",
+        features.is_ok(),
+        Degraded,
+        uffd_detail,
+        "pages cannot be fetched on demand",
+        "use a kernel with CONFIG_USERFAULTFD",
+    ));
     let wp_async = features.as_ref().is_ok_and(|f| f & uffd::WP_ASYNC != 0);
     items.push(CheckItem::new(
         "userfaultfd WP_ASYNC",
         wp_async,
         if soft_dirty { Degraded } else { No },
         "Linux 6.7 and later",
-        if soft_dirty { "pre-copy uses soft-dirty" } else { "writes cannot be tracked: only --mode stop works" },
+        if soft_dirty {
+            "pre-copy uses soft-dirty"
+        } else {
+            "writes cannot be tracked: only --mode stop works"
+        },
         "use Linux 6.7 or later, or one with CONFIG_MEM_SOFT_DIRTY",
     ));
     if let Some(last) = items.last_mut()
@@ -175,9 +255,26 @@ pub fn host() -> Result<HostReport, Failure> {
         last.ok = Degraded;
     }
     let scan = Pagemap::open(me).is_ok_and(|p| p.scan_works());
-    items.push(CheckItem::new("PAGEMAP_SCAN", scan, Degraded, "Linux 6.7 and later", "page tables are read entry by entry, slower", ""));
-    let yama = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok().and_then(|s| s.trim().parse::<u32>().ok()).unwrap_or(0);
-    items.push(CheckItem::new("yama", yama < 3, No, format!("ptrace_scope {yama}"), "nothing can be traced", "reboot with kernel.yama.ptrace_scope below 3"));
+    items.push(CheckItem::new(
+        "PAGEMAP_SCAN",
+        scan,
+        Degraded,
+        "Linux 6.7 and later",
+        "page tables are read entry by entry, slower",
+        "",
+    ));
+    let yama = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
+        .ok()
+        .and_then(|s| s.trim().parse::<u32>().ok())
+        .unwrap_or(0);
+    items.push(CheckItem::new(
+        "yama",
+        yama < 3,
+        No,
+        format!("ptrace_scope {yama}"),
+        "nothing can be traced",
+        "reboot with kernel.yama.ptrace_scope below 3",
+    ));
     Ok(HostReport { items })
 }
 
@@ -203,7 +300,14 @@ pub fn process(pid: i32) -> Result<ProcessReport, Failure> {
     let mut items: Vec<TaskHoldings> = Vec::new();
     for (p, agent) in tree.processes.iter().zip(&pids) {
         let mut holdings = Vec::new();
-        let mut hold = |place: String, what: String| holdings.push(Holding { place, what, movable: true, reason: String::new() });
+        let mut hold = |place: String, what: String| {
+            holdings.push(Holding {
+                place,
+                what,
+                movable: true,
+                reason: String::new(),
+            })
+        };
         if let Some(code) = p.zombie {
             hold("state".into(), format!("zombie, wait status {code:#x}"));
         } else {
@@ -212,7 +316,10 @@ pub fn process(pid: i32) -> Result<ProcessReport, Failure> {
                 hold(place, what);
             }
             for f in &p.fds {
-                let what = tree.descriptions.get(f.description as usize).map_or_else(String::new, |d| describe(&tree, &d.kind));
+                let what = tree
+                    .descriptions
+                    .get(f.description as usize)
+                    .map_or_else(String::new, |d| describe(&tree, &d.kind));
                 hold(format!("fd {}", f.fd), what);
             }
         }
@@ -239,7 +346,11 @@ fn mappings(tree: &Tree, mm: u32) -> Vec<(String, String)> {
         let key = match &v.backing {
             Backing::Anonymous => "anonymous memory".to_owned(),
             Backing::Special(n) => n.clone(),
-            Backing::File { file, .. } => format!("{}file {}", if v.shared { "shared " } else { "" }, String::from_utf8_lossy(&file.path)),
+            Backing::File { file, .. } => format!(
+                "{}file {}",
+                if v.shared { "shared " } else { "" },
+                String::from_utf8_lossy(&file.path)
+            ),
             Backing::Object { object, .. } => format!("shared object {object}"),
         };
         match out.iter_mut().find(|o| o.0 == key) {
@@ -250,7 +361,14 @@ fn mappings(tree: &Tree, mm: u32) -> Vec<(String, String)> {
             None => out.push((key, v.len(), 1)),
         }
     }
-    out.into_iter().map(|(k, bytes, n)| (format!("{n} mapping{}", if n == 1 { "" } else { "s" }), format!("{k}, {} KiB of addresses", bytes >> 10))).collect()
+    out.into_iter()
+        .map(|(k, bytes, n)| {
+            (
+                format!("{n} mapping{}", if n == 1 { "" } else { "s" }),
+                format!("{k}, {} KiB of addresses", bytes >> 10),
+            )
+        })
+        .collect()
 }
 
 /// A description in a few words.
@@ -274,7 +392,11 @@ pub fn describe(tree: &Tree, k: &Kind) -> String {
         Kind::UnixPair { .. } => "unix socket pair".into(),
         Kind::Tcp { local, backlog, .. } => {
             let at = local.map_or_else(|| "unbound".into(), |a| a.to_string());
-            if backlog.is_some() { format!("TCP listening on {at}") } else { format!("TCP {at}") }
+            if backlog.is_some() {
+                format!("TCP listening on {at}")
+            } else {
+                format!("TCP {at}")
+            }
         }
         Kind::Udp { local, .. } => format!("UDP {}", local.map_or_else(|| "unbound".into(), |a| a.to_string())),
         Kind::Stdio { was, stream } => format!("{was}: the receiver attaches its own stream {stream}"),
@@ -289,16 +411,40 @@ pub fn compare(ours: &Host, theirs: &Host) -> Vec<CheckItem> {
     let has = |word: &str| !blocked.iter().any(|b| b.reason.contains(word));
     let fix = "choose a host that has it";
     vec![
-        CheckItem::new("page size", has("pages are"), No, format!("{} there", theirs.page_size), "memory cannot be laid out the same", fix),
+        CheckItem::new(
+            "page size",
+            has("pages are"),
+            No,
+            format!("{} there", theirs.page_size),
+            "memory cannot be laid out the same",
+            fix,
+        ),
         CheckItem::new(
             "extended state",
             has("XCR0"),
             No,
-            format!("XCR0 {:#x}, {} bytes there; {:#x}, {} bytes here", theirs.xcr0, theirs.xsave_size, ours.xcr0, ours.xsave_size),
+            format!(
+                "XCR0 {:#x}, {} bytes there; {:#x}, {} bytes here",
+                theirs.xcr0, theirs.xsave_size, ours.xcr0, ours.xsave_size
+            ),
             "registers cannot be loaded",
             fix,
         ),
-        CheckItem::new("instruction sets", has("cpu lacks"), No, format!("{} cpu flags there", theirs.cpu_flags.len()), "programs that use them crash", fix),
-        CheckItem::new("kernel", has("vdso"), No, format!("{} there, {} here", theirs.kernel, ours.kernel), "the vdso differs", "use the same kernel on both"),
+        CheckItem::new(
+            "instruction sets",
+            has("cpu lacks"),
+            No,
+            format!("{} cpu flags there", theirs.cpu_flags.len()),
+            "programs that use them crash",
+            fix,
+        ),
+        CheckItem::new(
+            "kernel",
+            has("vdso"),
+            No,
+            format!("{} there, {} here", theirs.kernel, ours.kernel),
+            "the vdso differs",
+            "use the same kernel on both",
+        ),
     ]
 }

@@ -101,8 +101,10 @@ pub fn path(dir: &Path, name: &str) -> Result<PathBuf, Failure> {
         && !name.starts_with('.')
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
     if !fine {
-        return Err(Failure::refused("usage", 0, format!("{name:?} cannot name a checkpoint"), Vec::new())
-            .with_fix("use letters, digits, dots, dashes and underscores, at most 128"));
+        return Err(
+            Failure::refused("usage", 0, format!("{name:?} cannot name a checkpoint"), Vec::new())
+                .with_fix("use letters, digits, dots, dashes and underscores, at most 128"),
+        );
     }
     Ok(dir.join(format!("{name}.{SUFFIX}")))
 }
@@ -142,14 +144,19 @@ pub fn checkpoint(options: &CheckpointOptions, events: &Events, cancel: &Cancell
     };
     let target = path(&options.dir, &name)?;
     if target.exists() {
-        return Err(Failure::refused("preflight", pid, format!("a checkpoint named {name} exists already"), Vec::new())
-            .with_fix(format!("choose another name, or migrate rm --dir {} {name}", options.dir.display())));
+        return Err(
+            Failure::refused("preflight", pid, format!("a checkpoint named {name} exists already"), Vec::new())
+                .with_fix(format!("choose another name, or migrate rm --dir {} {name}", options.dir.display())),
+        );
     }
     let parent = match &options.parent {
         Some(p) => Some(index(&options.dir, p)?),
         None => None,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| fail("freeze", pid, e))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| fail("freeze", pid, e))?;
     let tracer = Tracer::start().map_err(|e| fail("freeze", pid, e))?;
     events(Event::Phase { phase: "freeze" });
     let snap = runtime.block_on(source::freeze(&tracer, pid, &inv.tree.host, cancel))?;
@@ -161,14 +168,22 @@ pub fn checkpoint(options: &CheckpointOptions, events: &Events, cancel: &Cancell
         Err(e) => {
             runtime.block_on(source::thaw(&tracer));
             let _ = fs::remove_file(&temporary);
-            return Err(fail("write", pid, format!("cannot write {}: {e}; the program runs on", target.display())));
+            return Err(fail(
+                "write",
+                pid,
+                format!("cannot write {}: {e}; the program runs on", target.display()),
+            ));
         }
     };
     // A link does not replace another checkpoint that appeared meanwhile under the same name.
     if let Err(e) = fs::hard_link(&temporary, &target).and_then(|()| fs::remove_file(&temporary)) {
         runtime.block_on(source::thaw(&tracer));
         let _ = fs::remove_file(&temporary);
-        return Err(fail("write", pid, format!("cannot name {}: {e}; the program runs on", target.display())));
+        return Err(fail(
+            "write",
+            pid,
+            format!("cannot name {}: {e}; the program runs on", target.display()),
+        ));
     }
     let _ = File::open(&options.dir).and_then(|d| d.sync_all());
     let downtime = snap.since.elapsed();
@@ -231,7 +246,11 @@ fn write(
 ) -> io::Result<Round> {
     let start = Instant::now();
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
-    let mut out = Hashing { inner: BufWriter::with_capacity(1 << 20, file), hasher: blake3::Hasher::new(), len: 0 };
+    let mut out = Hashing {
+        inner: BufWriter::with_capacity(1 << 20, file),
+        hasher: blake3::Hasher::new(),
+        len: 0,
+    };
     let total: u64 = snap.plans.iter().map(pages::SpacePlan::bytes).sum();
     let root = &snap.tree.processes[0];
     let command = crate::procfs::read(snap.pids[0], "cmdline").unwrap_or_default();
@@ -251,7 +270,12 @@ fn write(
     out.write_all(&VERSION.to_le_bytes())?;
     out.write_all(&(header.len() as u32).to_le_bytes())?;
     out.write_all(&header)?;
-    let state = State { tree: snap.tree.clone(), guards: snap.guards.clone(), bytes: total, verify: false };
+    let state = State {
+        tree: snap.tree.clone(),
+        guards: snap.guards.clone(),
+        bytes: total,
+        verify: false,
+    };
     let state = codec::encode(&state).map_err(io::Error::other)?;
     out.write_all(&(state.len() as u64).to_le_bytes())?;
     out.write_all(&state)?;
@@ -271,7 +295,12 @@ fn write(
             if last.elapsed() > Duration::from_millis(100) {
                 last = Instant::now();
                 let bytes = (round.pages + round.zero_pages) * PAGE;
-                events(Event::Progress { round: 1, bytes, total, rate: (bytes as f64 / start.elapsed().as_secs_f64()) as u64 });
+                events(Event::Progress {
+                    round: 1,
+                    bytes,
+                    total,
+                    rate: (bytes as f64 / start.elapsed().as_secs_f64()) as u64,
+                });
             }
             failed.is_none()
         })?;
@@ -351,7 +380,11 @@ impl Image {
         let path = path(dir, name)?;
         let refuse = |m: String| Failure::refused("image", 0, format!("{}: {m}", path.display()), Vec::new());
         let file = File::open(&path).map_err(|e| {
-            let m = if e.kind() == io::ErrorKind::NotFound { "there is no such checkpoint".to_owned() } else { e.to_string() };
+            let m = if e.kind() == io::ErrorKind::NotFound {
+                "there is no such checkpoint".to_owned()
+            } else {
+                e.to_string()
+            };
             refuse(m).with_fix(format!("see migrate list --dir {}", dir.display()))
         })?;
         let mut file = BufReader::with_capacity(1 << 20, file);
@@ -362,7 +395,8 @@ impl Image {
         }
         let version = u32::from_le_bytes(head[8..12].try_into().unwrap());
         if version > VERSION {
-            return Err(refuse(format!("the image has version {version}, this build reads up to {VERSION}")).with_fix("use the migrate that wrote it"));
+            return Err(refuse(format!("the image has version {version}, this build reads up to {VERSION}"))
+                .with_fix("use the migrate that wrote it"));
         }
         let len = u32::from_le_bytes(head[12..].try_into().unwrap());
         if version == 0 || len > MAX_HEADER {
@@ -371,7 +405,12 @@ impl Image {
         let mut header = vec![0; len as usize];
         file.read_exact(&mut header).map_err(|_| refuse("the image is truncated".into()))?;
         let info: ImageInfo = serde_json::from_slice(&header).map_err(|_| refuse("the image is damaged (header)".into()))?;
-        Ok(Image { body: 16 + u64::from(len), path, file, info })
+        Ok(Image {
+            body: 16 + u64::from(len),
+            path,
+            file,
+            info,
+        })
     }
 
     fn refuse(&self, m: impl std::fmt::Display) -> Failure {
@@ -383,7 +422,9 @@ impl Image {
         let bad = |e: io::Error| self.refuse(format!("cannot be read: {e}"));
         let mut f = File::open(&self.path).map_err(bad)?;
         let len = f.metadata().map_err(bad)?.len();
-        let Some(content) = len.checked_sub(32) else { return Err(self.refuse("the image is truncated")) };
+        let Some(content) = len.checked_sub(32) else {
+            return Err(self.refuse("the image is truncated"));
+        };
         let mut hasher = blake3::Hasher::new();
         let mut left = content;
         let mut buf = vec![0u8; 1 << 20];
@@ -447,7 +488,10 @@ impl Image {
         }
         let mut data = vec![0; pages as usize * PAGE as usize];
         self.file.read_exact(&mut data)?;
-        Ok(Some(RawFrame { runs: list, data: data.into() }))
+        Ok(Some(RawFrame {
+            runs: list,
+            data: data.into(),
+        }))
     }
 }
 
@@ -532,7 +576,14 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
         None => {
             let newest = list(&options.dir)?.into_iter().max_by_key(|i| i.created);
             newest
-                .ok_or_else(|| Failure::refused("image", 0, format!("there is no checkpoint in {}", options.dir.display()), Vec::new()))?
+                .ok_or_else(|| {
+                    Failure::refused(
+                        "image",
+                        0,
+                        format!("there is no checkpoint in {}", options.dir.display()),
+                        Vec::new(),
+                    )
+                })?
                 .name
         }
     };
@@ -544,10 +595,17 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
     events(Event::Phase { phase: "preflight" });
     let (blockers, fresh) = crate::preflight::tree(&tree);
     if !blockers.is_empty() {
-        return Err(Failure::refused("preflight", 0, format!("checkpoint {name} cannot run here"), blockers));
+        return Err(Failure::refused(
+            "preflight",
+            0,
+            format!("checkpoint {name} cannot run here"),
+            blockers,
+        ));
     }
     if fresh {
-        events(Event::Note { text: "some of the tree's pids are taken here: it gets a pid namespace of its own".into() });
+        events(Event::Note {
+            text: "some of the tree's pids are taken here: it gets a pid namespace of its own".into(),
+        });
     }
     let (processes, thread_count) = (tree.processes.len() as u32, threads(&tree));
     let original = tree.processes[0].pid;
@@ -576,9 +634,18 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
         if last.elapsed() > Duration::from_millis(100) {
             last = Instant::now();
             let done = round.pages * PAGE;
-            events(Event::Progress { round: 1, bytes: done, total: bytes, rate: (done as f64 / t.elapsed().as_secs_f64()) as u64 });
+            events(Event::Progress {
+                round: 1,
+                bytes: done,
+                total: bytes,
+                rate: (done as f64 / t.elapsed().as_secs_f64()) as u64,
+            });
         }
-        sink.write(&PageFrame { runs: vec![*run], data: vec![data] }).map(drop)
+        sink.write(&PageFrame {
+            runs: vec![*run],
+            data: vec![data],
+        })
+        .map(drop)
     })?;
     round.bytes = round.pages * PAGE;
     round.ms = t.elapsed().as_secs_f64() * 1e3;
@@ -633,7 +700,10 @@ pub fn list(dir: &Path) -> Result<Vec<ImageInfo>, Failure> {
             && let Ok(image) = Image::open(dir, name)
         {
             // The file's name counts, also after somebody renamed it.
-            out.push(ImageInfo { name: name.to_owned(), ..image.info });
+            out.push(ImageInfo {
+                name: name.to_owned(),
+                ..image.info
+            });
         }
     }
     out.sort_by(|a, b| a.created.cmp(&b.created).then(a.name.cmp(&b.name)));
@@ -652,11 +722,17 @@ pub fn show(dir: &Path, name: &str) -> Result<(ImageInfo, Tree), Failure> {
 pub fn remove(dir: &Path, name: &str) -> Result<(), Failure> {
     let p = path(dir, name)?;
     if let Some(child) = list(dir)?.into_iter().find(|i| i.parent.as_deref() == Some(name)) {
-        return Err(Failure::refused("rm", 0, format!("checkpoint {} is based on {name}", child.name), Vec::new())
-            .with_fix(format!("remove {} first", child.name)));
+        return Err(
+            Failure::refused("rm", 0, format!("checkpoint {} is based on {name}", child.name), Vec::new())
+                .with_fix(format!("remove {} first", child.name)),
+        );
     }
     fs::remove_file(&p).map_err(|e| {
-        let m = if e.kind() == io::ErrorKind::NotFound { format!("there is no checkpoint {name} in {}", dir.display()) } else { e.to_string() };
+        let m = if e.kind() == io::ErrorKind::NotFound {
+            format!("there is no checkpoint {name} in {}", dir.display())
+        } else {
+            e.to_string()
+        };
         Failure::refused("rm", 0, m, Vec::new())
     })
 }

@@ -61,7 +61,12 @@ pub async fn serve<L: Link>(
             return Ok(Served::Answered);
         }
         Message::Inventory(i) => i,
-        other => return Err(lost("inventory")(WireError::Protocol(format!("{} as its first message", other.name())))),
+        other => {
+            return Err(lost("inventory")(WireError::Protocol(format!(
+                "{} as its first message",
+                other.name()
+            ))));
+        }
     };
     events(Event::Phase { phase: "preflight" });
     if !journal::valid_id(&inv.id) {
@@ -84,9 +89,16 @@ pub async fn serve<L: Link>(
             return Ok(Served::Answered);
         }
         tracing::info!("refused a tree:{text}");
-        return Err(Failure::refused("preflight", 0, "a tree was refused; nothing was started", blockers));
+        return Err(Failure::refused(
+            "preflight",
+            0,
+            "a tree was refused; nothing was started",
+            blockers,
+        ));
     }
-    wire::send(&mut link, &Message::Accept(Accept { host, fresh_pids: fresh })).await.map_err(lost("preflight"))?;
+    wire::send(&mut link, &Message::Accept(Accept { host, fresh_pids: fresh }))
+        .await
+        .map_err(lost("preflight"))?;
     if check_only {
         let _ = tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await;
         return Ok(Served::Answered);
@@ -117,7 +129,11 @@ pub async fn serve<L: Link>(
             // Everything built so far has died with its guard; say so for whoever asks later, too.
             let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
             let _ = tokio::time::timeout(Duration::from_secs(2), wire::recv(&mut link)).await;
-            return Err(Failure::failed("restore", 0, format!("{reason}; nothing runs here, the source was told")));
+            return Err(Failure::failed(
+                "restore",
+                0,
+                format!("{reason}; nothing runs here, the source was told"),
+            ));
         }
     };
 
@@ -137,15 +153,16 @@ pub async fn serve<L: Link>(
     entry.stage = Stage::Running;
     let _ = journal.update(&entry);
     events(Event::Running { pid });
-    let left = tracer
-        .call(move || copy.as_mut().map_or(0, Rebuild::clean_up))
-        .await
-        .unwrap_or(1);
+    let left = tracer.call(move || copy.as_mut().map_or(0, Rebuild::clean_up)).await.unwrap_or(1);
     if left > 0 {
-        events(Event::Note { text: format!("{left} processes keep an unused mapping of the restore") });
+        events(Event::Note {
+            text: format!("{left} processes keep an unused mapping of the restore"),
+        });
     }
     if let Err(e) = told {
-        events(Event::Note { text: format!("the source did not hear that the tree runs here ({e}); it will ask") });
+        events(Event::Note {
+            text: format!("the source did not hear that the tree runs here ({e}); it will ask"),
+        });
     } else {
         // The source closes when it has the answer; then nobody will ask.
         if let Ok(Err(WireError::Link(migrate_transport::LinkError::Closed { .. }))) =
@@ -163,7 +180,10 @@ pub async fn serve<L: Link>(
         threads,
         rounds: vec![round],
         downtime_ms: 0.0,
-        downtime: Downtime { restore_ms, ..Default::default() },
+        downtime: Downtime {
+            restore_ms,
+            ..Default::default()
+        },
         total_ms: start.elapsed().as_secs_f64() * 1000.0,
         bytes_sent: link.bytes_sent(),
         pages_sent: round.pages,
@@ -191,7 +211,12 @@ async fn build<L: Link>(
 ) -> Result<Ready, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let stdio_fds = StdioFds::open(stdio).map_err(|e| format!("cannot open the standard streams: {e}"))?;
-    let State { tree, guards, bytes, verify } = state;
+    let State {
+        tree,
+        guards,
+        bytes,
+        verify,
+    } = state;
     let mut entry = Entry {
         id: id.to_owned(),
         side: Side::Destination,
@@ -201,11 +226,16 @@ async fn build<L: Link>(
         since: misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
         boot_id: journal::boot_id(),
     };
-    let mut journal = Journal::create(state_dir, &entry).map_err(|e| format!("cannot write the journal in {}: {e}", state_dir.display()))?;
+    let mut journal =
+        Journal::create(state_dir, &entry).map_err(|e| format!("cannot write the journal in {}: {e}", state_dir.display()))?;
     let word = journal.file().try_clone().map_err(|e| text(&e))?;
     let (mut copy, sink) = tracer
         .call(move || {
-            let pids = if crate::restore::rebuild::pids_free(&tree) { Pids::Here } else { Pids::Fresh };
+            let pids = if crate::restore::rebuild::pids_free(&tree) {
+                Pids::Here
+            } else {
+                Pids::Fresh
+            };
             let copy = Rebuild::skeleton(tree, &word, pids).map_err(|e| e.to_string())?;
             let sink = copy.sink().map_err(|e| format!("cannot reach the copy's memory: {e}"))?;
             Ok::<_, String>((copy, sink))
@@ -240,7 +270,10 @@ async fn build<L: Link>(
         Err(_) => return Err("the source does not hand over".into()),
     };
     if (h.pages, h.zero) != (round.pages, round.zero_pages) {
-        return Err(format!("{} pages and {} zero pages were sent, {} and {} arrived", h.pages, h.zero, round.pages, round.zero_pages));
+        return Err(format!(
+            "{} pages and {} zero pages were sent, {} and {} arrived",
+            h.pages, h.zero, round.pages, round.zero_pages
+        ));
     }
     if let (Some(theirs), Some(ours)) = (h.hashes, own_hashes) {
         let d = oracle::differences(&theirs, &ours);
@@ -286,7 +319,12 @@ async fn pages<L: Link>(link: &mut L, sink: Sink, total: u64, events: &Events) -
                 if last.elapsed() > Duration::from_millis(100) {
                     last = Instant::now();
                     let rate = (received as f64 / start.elapsed().as_secs_f64()) as u64;
-                    events(Event::Progress { round: 1, bytes: received, total, rate });
+                    events(Event::Progress {
+                        round: 1,
+                        bytes: received,
+                        total,
+                        rate,
+                    });
                 }
             }
             Ok(Ok(None)) => break,
@@ -301,11 +339,19 @@ async fn pages<L: Link>(link: &mut L, sink: Sink, total: u64, events: &Events) -
         }
     }
     drop(tx);
-    let (pages, zero_pages) = writer.await.map_err(|e| e.to_string())?.map_err(|e| format!("writing the copy's memory failed: {e}"))?;
+    let (pages, zero_pages) = writer
+        .await
+        .map_err(|e| e.to_string())?
+        .map_err(|e| format!("writing the copy's memory failed: {e}"))?;
     if let Some(f) = failed {
         return Err(f);
     }
-    Ok(Round { pages, zero_pages, bytes: received, ms: start.elapsed().as_secs_f64() * 1000.0 })
+    Ok(Round {
+        pages,
+        zero_pages,
+        bytes: received,
+        ms: start.elapsed().as_secs_f64() * 1000.0,
+    })
 }
 
 /// What became of a migration, from the journal alone: presumed abort.
@@ -320,10 +366,17 @@ pub fn answer(state_dir: &Path, id: &str) -> Message {
                 return Message::Aborted("the receiving host has restarted since".into());
             }
             match journal.decision() {
-                Ok(1) => Message::Running(Running { pid: entry.processes.first().map_or(0, |p| p.0), restore_ms: 0.0 }),
+                Ok(1) => Message::Running(Running {
+                    pid: entry.processes.first().map_or(0, |p| p.0),
+                    restore_ms: 0.0,
+                }),
                 Ok(0) => {
                     // Undecided: while its tasks wait they may still be let go, unless this question decides against them.
-                    if decide_against(&journal) { Message::Aborted("the receiver had not resumed it".into()) } else { Message::Pending }
+                    if decide_against(&journal) {
+                        Message::Aborted("the receiver had not resumed it".into())
+                    } else {
+                        Message::Pending
+                    }
                 }
                 _ => Message::Aborted("the copy had ended before it was resumed".into()),
             }
@@ -335,8 +388,13 @@ pub fn answer(state_dir: &Path, id: &str) -> Message {
 fn decide_against(journal: &Journal) -> bool {
     use crate::{restore::pilots::WORD, sys::region::Region};
     use std::sync::atomic::Ordering;
-    let Ok(region) = Region::map(journal.file(), 4096, 0) else { return false };
-    region.word(WORD).compare_exchange(0, 2, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    let Ok(region) = Region::map(journal.file(), 4096, 0) else {
+        return false;
+    };
+    region
+        .word(WORD)
+        .compare_exchange(0, 2, Ordering::AcqRel, Ordering::Acquire)
+        .is_ok()
 }
 
 /// Whether a tree fits this host as far as it can tell alone; for `migrate check`.

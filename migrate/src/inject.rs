@@ -22,6 +22,8 @@ const LEADER: usize = 256 << 10;
 /// Offset of the results in a slice, and of the return frame.
 const OUT: usize = 8 << 10;
 const FRAME: usize = SLICE - 512;
+/// Turns a task lingers: some tens of milliseconds.
+const LINGER: u64 = 1 << 20;
 /// First bytes of a table, by which a leaked one is recognised.
 pub const MAGIC: &[u8; 16] = b"migrate-table-1\0";
 const HEAD: usize = 4096;
@@ -65,7 +67,8 @@ pub struct Injector {
     tids: Vec<(i32, i32)>,
     mem: Mem,
     base: u64,
-    signal: i32,
+    /// The signal that ends each task's batch; `None`: it lingers.
+    signals: Vec<Option<i32>>,
     region: Region,
     len: u64,
 }
@@ -105,10 +108,8 @@ impl Injector {
                 pid,
                 reason: "its vdso has no room for the stub".into(),
             })?;
-        let signal = pick_signal(p).map_err(io("read signal masks"))?.ok_or(InjectError::Unfit {
-            pid,
-            reason: "it blocks or handles every signal that is ignored by default (SIGURG, SIGWINCH, SIGCHLD)".into(),
-        })?;
+        let signals = pick_signals(p).map_err(io("read signal masks"))?;
+        let signal = signals[0].unwrap_or(libc::SIGURG);
         let leader = &p.tasks[0];
         let len = (HEAD + LEADER + SLICE * (p.tasks.len() - 1)) as u64;
         let back = arch::restart_in_place(&leader.regs);
@@ -125,9 +126,15 @@ impl Injector {
         r.r9 = 0;
         r.r12 = inner[0] as u64;
         r.r13 = inner[0] as u64;
+        r.r15 = if signals[0].is_none() { LINGER } else { 0 };
         r.orig_rax = u64::MAX;
         start(leader, &r).map_err(io("start the stub"))?;
-        let stop = wait_for(leader.tid, signal);
+        let stop = match signals[0] {
+            Some(s) => wait_for(leader.tid, s),
+            None => interrupt_at(leader.tid, |rip| {
+                (base + stub.boot_spin.start..base + stub.boot_spin.end).contains(&rip)
+            }),
+        };
         let after = ptrace::regs(leader.tid);
         ptrace::set_regs(leader.tid, &leader.regs).map_err(io("restore registers"))?;
         stop.map_err(|e| e.into_inject(pid))?;
@@ -153,7 +160,7 @@ impl Injector {
             tids,
             mem,
             base,
-            signal,
+            signals,
             region,
             len,
         })
@@ -185,7 +192,12 @@ impl Injector {
         let many = tasks.len() > 1;
         let mut started = Vec::new();
         let mut failure = None;
-        for (i, batch) in batches.iter().enumerate().filter(|(_, b)| !b.is_empty()) {
+        // Those that linger burn a core meanwhile: one at a time, after the others.
+        let (with_signal, lingering): (Vec<usize>, Vec<usize>) = (0..batches.len())
+            .filter(|&i| !batches[i].is_empty())
+            .partition(|&i| self.signals[i].is_some());
+        for &i in with_signal.iter().chain(&lingering) {
+            let batch = &batches[i];
             let slice = self.slice(i);
             if (batch.len() + 1) * RECORD > OUT {
                 return Err(InjectError::Unfit {
@@ -193,12 +205,16 @@ impl Injector {
                     reason: format!("a batch of {} calls does not fit", batch.len()),
                 });
             }
-            let stop = Record::new(
-                libc::SYS_tgkill,
-                &[self.inner_tgid as u64, self.tids[i].1 as u64, self.signal as u64],
-            );
-            for (k, rec) in batch.iter().chain([&stop]).enumerate() {
+            for (k, rec) in batch.iter().enumerate() {
                 self.region.write(slice + k * RECORD, &rec.to_bytes());
+            }
+            let last = slice + batch.len() * RECORD;
+            match self.signals[i] {
+                Some(s) => {
+                    let stop = Record::new(libc::SYS_tgkill, &[self.inner_tgid as u64, self.tids[i].1 as u64, s as u64]);
+                    self.region.write(last, &stop.to_bytes());
+                }
+                None => self.region.write(last, &[0; RECORD]),
             }
             // A lone thread leaves through the immediates; several may not unmap the table under each other.
             let frame = if many {
@@ -211,19 +227,29 @@ impl Injector {
             let mut r = tasks[i].regs;
             r.rip = self.base;
             r.r12 = self.region.addr(slice);
-            r.r13 = batch.len() as u64 + 1;
+            r.r13 = batch.len() as u64 + u64::from(self.signals[i].is_some());
+            r.r14 = if self.signals[i].is_some() { 0 } else { LINGER };
             r.r15 = frame;
             r.orig_rax = u64::MAX;
-            match start(&tasks[i], &r) {
-                Ok(()) => started.push(i),
-                Err(e) => {
-                    failure = Some(io("start the stub")(e));
-                    break;
-                }
+            if let Err(e) = start(&tasks[i], &r) {
+                failure = Some(io("start the stub")(e));
+                break;
+            }
+            if self.signals[i].is_some() {
+                started.push(i);
+                continue;
+            }
+            let done = interrupt_at(self.tids[i].0, |_| self.region.read_u64(last) != 0);
+            ptrace::set_regs(self.tids[i].0, &tasks[i].regs).map_err(io("restore registers"))?;
+            if let Err(e) = done {
+                failure.get_or_insert(e.into_inject(self.pid));
+                break;
             }
         }
         for &i in &started {
-            if let Err(e) = wait_for(self.tids[i].0, self.signal) {
+            if let Some(s) = self.signals[i]
+                && let Err(e) = wait_for(self.tids[i].0, s)
+            {
                 failure.get_or_insert(e.into_inject(self.pid));
             }
             ptrace::set_regs(self.tids[i].0, &tasks[i].regs).map_err(io("restore registers"))?;
@@ -258,7 +284,7 @@ impl Injector {
             }
         };
         let back = arch::restart_in_place(&leader.regs);
-        let stub = inject_stub::build(self.base, &back, self.region.remote, self.len, self.signal);
+        let stub = inject_stub::build(self.base, &back, self.region.remote, self.len, libc::SIGURG);
         self.mem.write(self.base, &stub.code).map_err(io("write the stub"))?;
         leader.regs.rip = self.base + stub.exit;
         leader.regs.orig_rax = u64::MAX;
@@ -353,15 +379,51 @@ fn own_vdso_used() -> io::Result<Option<(Vec<u8>, usize)>> {
     Ok(OWN.get().cloned().flatten())
 }
 
-/// A signal that is ignored by default and that no task blocks or handles.
-fn pick_signal(p: &Proc) -> io::Result<Option<i32>> {
-    let (mut blocked, mut caught) = (0, 0);
-    for t in &p.tasks {
-        let s = status::read_task(p.pid, t.tid)?;
-        blocked |= s.sig_blocked;
-        caught |= s.sig_caught;
+/// Interrupts a task until it stops at a point where `done` holds, looking at its instruction pointer.
+fn interrupt_at(tid: i32, done: impl Fn(u64) -> bool) -> Result<(), WaitError> {
+    let end = Instant::now() + Duration::from_secs(5);
+    let late = || WaitError::Io(io::Error::new(io::ErrorKind::TimedOut, format!("task {tid} does not come back")));
+    loop {
+        // Give it a moment to get there.
+        let moment = Instant::now() + Duration::from_micros(20);
+        while Instant::now() < moment {
+            std::hint::spin_loop();
+        }
+        ptrace::interrupt(tid).map_err(WaitError::Io)?;
+        loop {
+            match ptrace::poll(tid).map_err(WaitError::Io)? {
+                Some(ptrace::Change::Stopped { signal, event: 0 }) => return Err(WaitError::Signal(tid, signal)),
+                Some(ptrace::Change::Stopped { .. }) => break,
+                Some(ptrace::Change::Gone(status)) => {
+                    return Err(WaitError::Io(io::Error::other(format!(
+                        "task {tid} ended with wait status {status:#x}"
+                    ))));
+                }
+                None if Instant::now() > end => return Err(late()),
+                None => std::thread::yield_now(),
+            }
+        }
+        let rip = ptrace::regs(tid).map_err(WaitError::Io)?.rip;
+        if done(rip) {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            return Err(late());
+        }
+        ptrace::cont(tid, 0).map_err(WaitError::Io)?;
     }
-    Ok([libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
-        .into_iter()
-        .find(|s| (blocked | caught) >> (s - 1) & 1 == 0))
+}
+
+/// For each task a signal that is ignored by default, not handled by the process and not blocked by the task.
+fn pick_signals(p: &Proc) -> io::Result<Vec<Option<i32>>> {
+    p.tasks
+        .iter()
+        .map(|t| {
+            let s = status::read_task(p.pid, t.tid)?;
+            let taken = s.sig_blocked | s.sig_caught;
+            Ok([libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
+                .into_iter()
+                .find(|s| taken >> (s - 1) & 1 == 0))
+        })
+        .collect()
 }

@@ -90,24 +90,38 @@ pub fn identify(pids: &[i32]) -> Vec<(i32, u64)> {
 
 /// This boot.
 pub fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_owned()).unwrap_or_default()
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|s| s.trim().to_owned())
+        .unwrap_or_default()
 }
 
 impl Journal {
     /// Makes a journal, mode 0600, under its final name only when whole.
     pub fn create(state_dir: &Path, entry: &Entry) -> io::Result<Journal> {
         if !valid_id(&entry.id) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{:?} is not an id of a migration", entry.id)));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{:?} is not an id of a migration", entry.id),
+            ));
         }
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir(state_dir))?;
         let path = path(state_dir, &entry.id, entry.side);
         static SERIAL: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let serial = SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let temporary = path.with_extension(format!("tmp-{}-{serial}", std::process::id()));
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
         file.set_len(LEN)?;
         file.write_all(MAGIC)?;
-        let mut j = Journal { path: temporary.clone(), file };
+        let mut j = Journal {
+            path: temporary.clone(),
+            file,
+        };
         j.update(entry)?;
         // Unlike a rename, a link never replaces: whoever comes first with an id has it.
         let linked = fs::hard_link(&temporary, &path);
@@ -161,7 +175,10 @@ impl Journal {
     /// Reads one.
     pub fn open(state_dir: &Path, id: &str, side: Side) -> io::Result<(Journal, Entry)> {
         if !valid_id(id) {
-            return Err(io::Error::new(io::ErrorKind::NotFound, format!("{id:?} is not an id of a migration")));
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("{id:?} is not an id of a migration"),
+            ));
         }
         Self::open_path(path(state_dir, id, side))
     }
@@ -171,7 +188,10 @@ impl Journal {
         let mut page = vec![0; LEN as usize];
         file.read_exact_at(&mut page, 0)?;
         if &page[..16] != MAGIC {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} is not a journal", path.display())));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{} is not a journal", path.display()),
+            ));
         }
         let text = &page[TEXT as usize..];
         let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
@@ -211,7 +231,11 @@ impl Entry {
         if self.boot_id != boot_id() {
             return Vec::new();
         }
-        self.processes.iter().filter(|(pid, start)| stat::read(*pid).is_ok_and(|s| s.start_time == *start)).map(|(p, _)| *p).collect()
+        self.processes
+            .iter()
+            .filter(|(pid, start)| stat::read(*pid).is_ok_and(|s| s.start_time == *start))
+            .map(|(p, _)| *p)
+            .collect()
     }
 }
 

@@ -18,7 +18,11 @@ pub fn hashes(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> io::Result<Vec<
         let reader = if plan.space >= OBJECT_SPACE {
             Reader::Object(File::from(objects[(plan.space - OBJECT_SPACE) as usize].try_clone()?))
         } else {
-            let at = tree.processes.iter().position(|p| p.mm == plan.space && p.zombie.is_none()).unwrap_or(0);
+            let at = tree
+                .processes
+                .iter()
+                .position(|p| p.mm == plan.space && p.zombie.is_none())
+                .unwrap_or(0);
             Reader::Process(Mem::open(pids[at])?)
         };
         pages::read_plan(&plan, &reader, &mut |batch| {
@@ -27,7 +31,11 @@ pub fn hashes(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> io::Result<Vec<
                 for k in 0..run.pages as u64 {
                     let page = data.next().unwrap_or_default();
                     let h = blake3::hash(page);
-                    out.push((plan.space, run.start + k * PAGE, u64::from_le_bytes(h.as_bytes()[..8].try_into().unwrap())));
+                    out.push((
+                        plan.space,
+                        run.start + k * PAGE,
+                        u64::from_le_bytes(h.as_bytes()[..8].try_into().unwrap()),
+                    ));
                 }
             }
             true

@@ -80,7 +80,10 @@ pub fn check_pid(pid: i32) -> Result<(), Failure> {
         _ => {}
     }
     if dump::tree::own_ancestor(pid).unwrap_or(false) {
-        return refuse(format!("process {pid} is this agent or one of its ancestors, which would stop itself"), "run migrate from another session");
+        return refuse(
+            format!("process {pid} is this agent or one of its ancestors, which would stop itself"),
+            "run migrate from another session",
+        );
     }
     const PF_KTHREAD: u32 = 0x0020_0000;
     if stat::read(pid).is_ok_and(|s| s.flags & PF_KTHREAD != 0) {
@@ -94,7 +97,10 @@ pub fn check_pid(pid: i32) -> Result<(), Failure> {
         && let Ok(s) = status::read(pid)
         && (s.uids.iter().any(|u| *u != me))
     {
-        return refuse(format!("process {pid} belongs to uid {}, this agent runs as uid {me}", s.uids[0]), "run migrate as root");
+        return refuse(
+            format!("process {pid} belongs to uid {}, this agent runs as uid {me}", s.uids[0]),
+            "run migrate as root",
+        );
     }
     Ok(())
 }
@@ -145,14 +151,21 @@ pub async fn freeze(tracer: &Tracer, pid: i32, host: &Host, cancel: &Cancellatio
     let mut tries = 0;
     loop {
         let host = host.clone();
-        let r = tracer.call(move || freeze_once(pid, host)).await.map_err(|e| Failure::failed("freeze", pid, e))??;
+        let r = tracer
+            .call(move || freeze_once(pid, host))
+            .await
+            .map_err(|e| Failure::failed("freeze", pid, e))??;
         match r {
             Ok(s) => return Ok(s),
             Err(blockers) => {
                 tries += 1;
                 let lasting = blockers.iter().any(|b| !b.transient);
                 if lasting || tries >= FREEZE_TRIES {
-                    let m = if lasting { "the tree cannot move" } else { "the tree did not come to a point where it can move" };
+                    let m = if lasting {
+                        "the tree cannot move"
+                    } else {
+                        "the tree did not come to a point where it can move"
+                    };
                     return Err(Failure::refused("freeze", pid, m, blockers));
                 }
                 // Another moment each time, so that a periodic client is not met at the same point again.
@@ -175,16 +188,29 @@ fn freeze_once(pid: i32, host: Host) -> Result<Result<Snapshot, Vec<Blocker>>, F
     let frozen = Frozen::freeze(pid, Duration::from_secs(5)).map_err(|e| fail(e.to_string()))?;
     let since = frozen.since;
     let interrupt = since.elapsed();
-    let mut held = Held { frozen, injectors: Vec::new() };
+    let mut held = Held {
+        frozen,
+        injectors: Vec::new(),
+    };
     let (d, injectors) = dump::tree::frozen(&mut held.frozen, host).map_err(|e| fail(format!("cannot read the frozen tree: {e}")))?;
     held.injectors = injectors;
     if !d.blockers.is_empty() {
         return Ok(Err(d.blockers));
     }
-    let (plans, guards) = pages::plan_tree(&d.tree, &d.pids, &d.object_fds).map_err(|e| fail(format!("cannot read the page tables: {e}")))?;
+    let (plans, guards) =
+        pages::plan_tree(&d.tree, &d.pids, &d.object_fds).map_err(|e| fail(format!("cannot read the page tables: {e}")))?;
     let collect = since.elapsed() - interrupt;
     HELD.with(|h| *h.borrow_mut() = Some(held));
-    Ok(Ok(Snapshot { tree: d.tree, pids: d.pids, object_fds: d.object_fds, plans, guards, since, interrupt, collect }))
+    Ok(Ok(Snapshot {
+        tree: d.tree,
+        pids: d.pids,
+        object_fds: d.object_fds,
+        plans,
+        guards,
+        since,
+        interrupt,
+        collect,
+    }))
 }
 
 /// Lets the frozen tree go on.
@@ -207,7 +233,15 @@ pub async fn kill(tracer: &Tracer) {
 }
 
 async fn hold(tracer: &Tracer) {
-    let _ = tracer.call(|| HELD.with(|h| if let Some(h) = h.borrow_mut().as_mut() { h.frozen.hold() })).await;
+    let _ = tracer
+        .call(|| {
+            HELD.with(|h| {
+                if let Some(h) = h.borrow_mut().as_mut() {
+                    h.frozen.hold()
+                }
+            })
+        })
+        .await;
 }
 
 /// The whole of `migrate send`.
@@ -224,13 +258,17 @@ pub async fn send<C: Connector>(
     let phase = |phase| events(Event::Phase { phase });
 
     phase("inventory");
-    let inv = tokio::task::spawn_blocking(move || inventory(pid)).await.map_err(|e| Failure::failed("inventory", pid, e))??;
+    let inv = tokio::task::spawn_blocking(move || inventory(pid))
+        .await
+        .map_err(|e| Failure::failed("inventory", pid, e))??;
     let lasting: Vec<Blocker> = inv.blockers.iter().filter(|b| !b.transient).cloned().collect();
     if !lasting.is_empty() {
         return Err(Failure::refused("preflight", pid, "the tree cannot move", lasting));
     }
     if options.mode != Mode::Stop {
-        return Err(Failure::refused("preflight", pid, format!("mode {:?} is not built yet", options.mode), Vec::new()).with_fix("use --mode stop"));
+        return Err(
+            Failure::refused("preflight", pid, format!("mode {:?} is not built yet", options.mode), Vec::new()).with_fix("use --mode stop"),
+        );
     }
 
     phase("connect");
@@ -243,7 +281,12 @@ pub async fn send<C: Connector>(
     let id = new_id();
     let host = inv.tree.host.clone();
     let lost = |phase: &'static str| move |e: WireError| Failure::failed(phase, pid, format!("{e}; the program runs on here"));
-    let message = Message::Inventory(Inventory { id: id.clone(), tree: inv.tree, check_only: options.dry_run, leave_running: options.leave_running });
+    let message = Message::Inventory(Inventory {
+        id: id.clone(),
+        tree: inv.tree,
+        check_only: options.dry_run,
+        leave_running: options.leave_running,
+    });
     let answer = async {
         wire::send(&mut link, &message).await?;
         wire::recv(&mut link).await
@@ -258,16 +301,34 @@ pub async fn send<C: Connector>(
     match answer {
         Message::Accept(a) => {
             if a.fresh_pids {
-                events(Event::Note { text: "some of the tree's pids are taken there: it gets a pid namespace of its own".into() });
+                events(Event::Note {
+                    text: "some of the tree's pids are taken there: it gets a pid namespace of its own".into(),
+                });
             }
         }
         Message::Refuse(blockers) => {
-            return Err(Failure::refused("preflight", pid, format!("{} cannot take the tree", connector.name()), blockers));
+            return Err(Failure::refused(
+                "preflight",
+                pid,
+                format!("{} cannot take the tree", connector.name()),
+                blockers,
+            ));
         }
-        other => return Err(lost("preflight")(WireError::Protocol(format!("{} instead of an answer to the inventory", other.name())))),
+        other => {
+            return Err(lost("preflight")(WireError::Protocol(format!(
+                "{} instead of an answer to the inventory",
+                other.name()
+            ))));
+        }
     }
     if options.dry_run {
-        return Ok(Report { outcome: "predicted".into(), id, pid, total_ms: ms(start.elapsed()), ..Default::default() });
+        return Ok(Report {
+            outcome: "predicted".into(),
+            id,
+            pid,
+            total_ms: ms(start.elapsed()),
+            ..Default::default()
+        });
     }
 
     let tracer = Tracer::start().map_err(|e| Failure::failed("freeze", pid, e))?;
@@ -310,7 +371,11 @@ pub async fn send<C: Connector>(
         Ok(j) => j,
         Err(e) => {
             thaw(&tracer).await;
-            return Err(Failure::failed("handover", pid, format!("cannot write the journal in {}: {e}", state_dir.display())));
+            return Err(Failure::failed(
+                "handover",
+                pid,
+                format!("cannot write the journal in {}: {e}", state_dir.display()),
+            ));
         }
     };
     hold(&tracer).await;
@@ -327,7 +392,11 @@ pub async fn send<C: Connector>(
     } else {
         None
     };
-    let handover = Message::Handover(Handover { pages: round.pages, zero: round.zero_pages, hashes });
+    let handover = Message::Handover(Handover {
+        pages: round.pages,
+        zero: round.zero_pages,
+        hashes,
+    });
     let sent = wire::send(&mut link, &handover).await;
     let answer = match sent {
         Ok(()) => wire::recv(&mut link).await,
@@ -340,7 +409,9 @@ pub async fn send<C: Connector>(
                 Ok(m) => format!("{} instead of an answer to the handover", m.name()),
                 Err(e) => e.to_string(),
             };
-            events(Event::Note { text: format!("no answer to the handover ({why}); asking {} again", connector.name()) });
+            events(Event::Note {
+                text: format!("no answer to the handover ({why}); asking {} again", connector.name()),
+            });
             match ask_again(&connector, &id, Duration::from_secs(60)).await {
                 Some(m) => m,
                 None => {
@@ -350,7 +421,10 @@ pub async fn send<C: Connector>(
                         class: Class::Unknown,
                         phase: "handover",
                         pid,
-                        message: format!("the link broke after the handover and {} does not answer ({why}); the originals stay stopped", connector.name()),
+                        message: format!(
+                            "the link broke after the handover and {} does not answer ({why}); the originals stay stopped",
+                            connector.name()
+                        ),
                         fix: Some(format!("when it is reachable again: migrate recover {id}")),
                         blockers: Vec::new(),
                     });
@@ -363,7 +437,11 @@ pub async fn send<C: Connector>(
         Message::Aborted(reason) => {
             thaw(&tracer).await;
             let _ = journal.remove();
-            return Err(Failure::failed("restore", pid, format!("the destination could not resume it: {reason}; the program runs on here")));
+            return Err(Failure::failed(
+                "restore",
+                pid,
+                format!("the destination could not resume it: {reason}; the program runs on here"),
+            ));
         }
         _ => unreachable!("only these two leave the match above"),
     };
@@ -442,18 +520,30 @@ fn ms(d: Duration) -> f64 {
 }
 
 /// Sends the state and every page of the frozen tree.
-async fn transfer<L: Link>(link: &mut L, snap: &Snapshot, verify: bool, bandwidth: Option<u64>, events: &Events) -> Result<Round, WireError> {
+async fn transfer<L: Link>(
+    link: &mut L,
+    snap: &Snapshot,
+    verify: bool,
+    bandwidth: Option<u64>,
+    events: &Events,
+) -> Result<Round, WireError> {
     let start = Instant::now();
     let total: u64 = snap.plans.iter().map(pages::SpacePlan::bytes).sum();
     let before = link.bytes_sent();
-    let state = State { tree: snap.tree.clone(), guards: snap.guards.clone(), bytes: total, verify };
+    let state = State {
+        tree: snap.tree.clone(),
+        guards: snap.guards.clone(),
+        bytes: total,
+        verify,
+    };
     wire::send(link, &Message::State(Box::new(state))).await?;
     let mut round = Round::default();
     let mut stream = link.open_pages().await?;
     let (tx, mut rx) = tokio::sync::mpsc::channel::<io::Result<pages::Batch>>(16);
     let mut readers = Vec::new();
     for plan in &snap.plans {
-        let reader = open_reader(plan.space, snap).map_err(|e| WireError::Protocol(format!("nothing: cannot read the tree's memory: {e}")))?;
+        let reader =
+            open_reader(plan.space, snap).map_err(|e| WireError::Protocol(format!("nothing: cannot read the tree's memory: {e}")))?;
         readers.push((plan.clone(), reader));
     }
     let worker = tokio::task::spawn_blocking(move || {
@@ -476,7 +566,12 @@ async fn transfer<L: Link>(link: &mut L, snap: &Snapshot, verify: bool, bandwidt
         if last.elapsed() > Duration::from_millis(100) {
             last = Instant::now();
             let rate = (done as f64 / start.elapsed().as_secs_f64()) as u64;
-            events(Event::Progress { round: 1, bytes: done, total, rate });
+            events(Event::Progress {
+                round: 1,
+                bytes: done,
+                total,
+                rate,
+            });
         }
         if let Some(limit) = bandwidth {
             let due = Duration::from_secs_f64((link.bytes_sent() - before) as f64 / limit as f64);
@@ -496,7 +591,9 @@ async fn transfer<L: Link>(link: &mut L, snap: &Snapshot, verify: bool, bandwidt
 /// What reads a space of the snapshot.
 pub fn open_reader(space: u32, snap: &Snapshot) -> io::Result<pages::Reader> {
     if space >= pages::OBJECT_SPACE {
-        return Ok(pages::Reader::Object(File::from(snap.object_fds[(space - pages::OBJECT_SPACE) as usize].try_clone()?)));
+        return Ok(pages::Reader::Object(File::from(
+            snap.object_fds[(space - pages::OBJECT_SPACE) as usize].try_clone()?,
+        )));
     }
     let at = snap
         .tree

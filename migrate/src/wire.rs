@@ -117,7 +117,18 @@ impl Message {
 
     /// For messages: what it is called.
     pub fn name(&self) -> &'static str {
-        ["?", "Inventory", "Accept", "Refuse", "State", "Handover", "Running", "Aborted", "Query", "Pending"][self.kind() as usize]
+        [
+            "?",
+            "Inventory",
+            "Accept",
+            "Refuse",
+            "State",
+            "Handover",
+            "Running",
+            "Aborted",
+            "Query",
+            "Pending",
+        ][self.kind() as usize]
     }
 }
 
@@ -135,14 +146,23 @@ pub enum WireError {
 /// Sends a message.
 pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
     let payload = codec::encode(m).map_err(|e| WireError::Protocol(format!("nothing: {} does not encode: {e}", m.name())))?;
-    Ok(link.send(Section { kind: m.kind(), version: VERSION, payload: payload.into() }).await?)
+    Ok(link
+        .send(Section {
+            kind: m.kind(),
+            version: VERSION,
+            payload: payload.into(),
+        })
+        .await?)
 }
 
 /// Receives a message.
 pub async fn recv<L: Link>(link: &mut L) -> Result<Message, WireError> {
     let s = link.recv().await?;
     if s.version != VERSION {
-        return Err(WireError::Protocol(format!("message {} in version {}, this side knows {VERSION}", s.kind, s.version)));
+        return Err(WireError::Protocol(format!(
+            "message {} in version {}, this side knows {VERSION}",
+            s.kind, s.version
+        )));
     }
     let m: Message = codec::decode(&s.payload).map_err(|e| WireError::Protocol(format!("a message of kind {}: {e}", s.kind)))?;
     if m.kind() != s.kind {

@@ -2,7 +2,9 @@
 //!
 //! It lives in the zero tail of the target's [vdso] page, so no stack of the target is touched. A batch is a table of records in a page that
 //! target and agent share. The last record is `tgkill(self, SIGURG)` or another signal that is ignored by default: traced it is a
-//! stop that hands control to the agent; untraced it does nothing and the stub goes on to bring the original context back:
+//! stop that hands control to the agent; untraced it does nothing. A task that blocks or handles all such signals *lingers* instead: it marks the
+//! table and spins for some milliseconds, in which the agent interrupts it. (A futex would be kinder but clobbers the restart block.) In either
+//! case, if no agent comes, the stub goes on to bring the original context back:
 //!
 //! - *jump*: munmap the shared table, load every register from immediates, `jmp`. FPU state, signal mask and restart block are
 //!   untouched, so even an interrupted nanosleep goes on. One copy of the immediates fits in the tail: it belongs to the leader.
@@ -21,10 +23,14 @@ pub const MAX: usize = 512;
 pub struct Stub {
     /// Code.
     pub code: Vec<u8>,
-    /// Runs a table: r12 table, r13 records, r15 return frame or 0 for the jump.
+    /// Runs a table: r12 table, r13 records, r14 turns to linger or 0, r15 return frame or 0 for the jump. Before lingering it stores r14 behind the
+    /// last record.
     pub run: u64,
-    /// One system call with registers as set, its result in r14, then the signal with tgid r12, tid r13, then the jump without munmap.
+    /// One system call with registers as set, its result in r14; then r15 turns of lingering or, when r15 is 0, the signal with tgid r12, tid
+    /// r13; then the jump without munmap.
     pub boot: u64,
+    /// Where a lingering boot spins.
+    pub boot_spin: std::ops::Range<u64>,
     /// munmap of the table and the jump: the regular way out of the last thread.
     pub exit: u64,
 }
@@ -51,7 +57,11 @@ pub fn build(base: u64, back: &Regs, table: u64, table_len: u64, signal: i32) ->
     let here = c.len() + 1;
     c.push((run as i64 - here as i64) as i8 as u8);
     c[jz_out - 1] = (c.len() - jz_out) as u8;
-    // out: test r15,r15; jz exit
+    // out: test r14,r14; jz ret; mov [r12],r14; spin: pause; dec r14; jnz spin
+    c.extend_from_slice(&[
+        0x4d, 0x85, 0xf6, 0x74, 11, 0x4d, 0x89, 0x34, 0x24, 0xf3, 0x90, 0x49, 0xff, 0xce, 0x75, 0xf9,
+    ]);
+    // ret: test r15,r15; jz exit
     c.extend_from_slice(&[0x4d, 0x85, 0xff, 0x74, 0]);
     let jz_exit = c.len();
     // mov rsp,r15; pop r15 r14 r13 r12 r11 r10 r9 r8 rbp rdi rsi rdx rcx rbx rax; iretq
@@ -67,14 +77,18 @@ pub fn build(base: u64, back: &Regs, table: u64, table_len: u64, signal: i32) ->
     imm(&mut c, [0x48, 0xbe], table_len);
     c.extend_from_slice(&[0x0f, 0x05, 0xeb, 0]);
     let jmp_load = c.len();
-    // boot: syscall; mov r14,rax; mov eax,234; mov rdi,r12; mov rsi,r13; mov edx,signal; syscall
+    // boot: syscall; mov r14,rax; test r15,r15; jz sig; spin: pause; dec r15; jnz spin; jmp load
     let boot = c.len() as u64;
-    c.extend_from_slice(&[
-        0x0f, 0x05, 0x49, 0x89, 0xc6, 0xb8, 234, 0, 0, 0, 0x4c, 0x89, 0xe7, 0x4c, 0x89, 0xee, 0xba,
-    ]);
+    c.extend_from_slice(&[0x0f, 0x05, 0x49, 0x89, 0xc6, 0x4d, 0x85, 0xff, 0x74, 9]);
+    let boot_spin = c.len() as u64..c.len() as u64 + 9;
+    c.extend_from_slice(&[0xf3, 0x90, 0x49, 0xff, 0xcf, 0x75, 0xf9, 0xeb, 0]);
+    let jmp_load2 = c.len();
+    // sig: mov eax,234; mov rdi,r12; mov rsi,r13; mov edx,signal; syscall
+    c.extend_from_slice(&[0xb8, 234, 0, 0, 0, 0x4c, 0x89, 0xe7, 0x4c, 0x89, 0xee, 0xba]);
     c.extend_from_slice(&signal.to_le_bytes());
     c.extend_from_slice(&[0x0f, 0x05]);
     c[jmp_load - 1] = (c.len() - jmp_load) as u8;
+    c[jmp_load2 - 1] = (c.len() - jmp_load2) as u8;
     // load: every register from an immediate
     for (op, v) in [
         ([0x48, 0xb8], back.rax),
@@ -109,7 +123,13 @@ pub fn build(base: u64, back: &Regs, table: u64, table_len: u64, signal: i32) ->
     c[lea - 4..lea].copy_from_slice(&disp.to_le_bytes());
     c.extend_from_slice(&back.eflags.to_le_bytes());
     debug_assert!(c.len() <= MAX);
-    Stub { code: c, run, boot, exit }
+    Stub {
+        code: c,
+        run,
+        boot,
+        boot_spin,
+        exit,
+    }
 }
 
 /// The frame that the *iret* way pops: registers in the order of the pops, then rip, cs, flags, rsp, ss.

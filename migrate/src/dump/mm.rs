@@ -134,20 +134,32 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCac
     }
     if m.name == b"/dev/zero" || gone && (m.name == b"/dev/zero (deleted)" || m.name.starts_with(b"/memfd:")) {
         let object = shared_object(&link, m, objects)?;
-        return Ok(Some(Backing::Object { object, offset: m.offset, writable }));
+        return Ok(Some(Backing::Object {
+            object,
+            offset: m.offset,
+            writable,
+        }));
     }
     let meta = stat(&link)?;
     let path = fs::read_link(&link)?.into_os_string().into_vec();
     if meta.st_mode & libc::S_IFMT != libc::S_IFREG {
-        return Err(Reason::Blocked("it maps a device".into(), "close the device before migrating".into()));
+        return Err(Reason::Blocked(
+            "it maps a device".into(),
+            "close the device before migrating".into(),
+        ));
     }
     if meta.st_nlink == 0 {
-        let dir = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(&path))).parent().unwrap_or(Path::new("/")).to_owned();
+        let dir = Path::new(OsStr::from_bytes(path.strip_suffix(b" (deleted)").unwrap_or(&path)))
+            .parent()
+            .unwrap_or(Path::new("/"))
+            .to_owned();
         let object = objects.get_or_insert(meta.st_dev, meta.st_ino, || {
             let fd = open(&link, false)?;
             Ok::<_, io::Error>((
                 Object {
-                    kind: ObjectKind::Unlinked { dir: dir.into_os_string().into_vec() },
+                    kind: ObjectKind::Unlinked {
+                        dir: dir.into_os_string().into_vec(),
+                    },
                     size: meta.st_size as u64,
                     owner: (meta.st_uid, meta.st_gid, meta.st_mode),
                     seals: 0,
@@ -155,7 +167,11 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCac
                 fd,
             ))
         })?;
-        return Ok(Some(Backing::Object { object, offset: m.offset, writable }));
+        return Ok(Some(Backing::Object {
+            object,
+            offset: m.offset,
+            writable,
+        }));
     }
     let exec = m.prot & 4 != 0;
     let key = (meta.st_dev, meta.st_ino, exec);
@@ -180,7 +196,11 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCac
             f
         }
     };
-    Ok(Some(Backing::File { file, offset: m.offset, writable }))
+    Ok(Some(Backing::File {
+        file,
+        offset: m.offset,
+        writable,
+    }))
 }
 
 fn stat(link: &str) -> io::Result<rustix::fs::Stat> {
@@ -190,7 +210,9 @@ fn stat(link: &str) -> io::Result<rustix::fs::Stat> {
 fn open(link: &str, write: bool) -> io::Result<OwnedFd> {
     let mut o = OpenOptions::new();
     o.read(true).write(write).custom_flags(libc::O_CLOEXEC);
-    o.open(link).map(Into::into).map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))
+    o.open(link)
+        .map(Into::into)
+        .map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))
 }
 
 fn shared_object(link: &str, m: &Mapping, objects: &mut ObjectTable) -> Result<u32, Reason> {
@@ -204,7 +226,15 @@ fn shared_object(link: &str, m: &Mapping, objects: &mut ObjectTable) -> Result<u
             }
             None => (ObjectKind::SharedAnonymous, 0),
         };
-        Ok::<_, io::Error>((Object { kind, size: meta.st_size as u64, owner: (meta.st_uid, meta.st_gid, meta.st_mode), seals }, fd))
+        Ok::<_, io::Error>((
+            Object {
+                kind,
+                size: meta.st_size as u64,
+                owner: (meta.st_uid, meta.st_gid, meta.st_mode),
+                seals,
+            },
+            fd,
+        ))
     })?)
 }
 
@@ -215,5 +245,8 @@ pub fn is_leaked_table(pid: i32, m: &Mapping) -> bool {
     }
     let link = format!("/proc/{pid}/map_files/{:x}-{:x}", m.start, m.end);
     let mut head = [0u8; 16];
-    File::open(link).and_then(|f| std::os::unix::fs::FileExt::read_exact_at(&f, &mut head, 0)).is_ok() && head == *crate::inject::MAGIC
+    File::open(link)
+        .and_then(|f| std::os::unix::fs::FileExt::read_exact_at(&f, &mut head, 0))
+        .is_ok()
+        && head == *crate::inject::MAGIC
 }

@@ -186,7 +186,13 @@ struct Builder {
 
 impl Builder {
     fn new(space: u32) -> Self {
-        Builder { space, runs: Vec::new(), data: Vec::new(), held: 0, zero: 0 }
+        Builder {
+            space,
+            runs: Vec::new(),
+            data: Vec::new(),
+            held: 0,
+            zero: 0,
+        }
     }
 
     fn add(&mut self, reader: &Reader, at: u64, len: u64) -> io::Result<()> {
@@ -219,6 +225,11 @@ impl Builder {
             .map(|&(start, pages, zero)| Run::new(self.space, start, pages as u32, zero))
             .collect::<Result<Vec<_>, _>>()
             .map_err(io::Error::other)?;
-        Ok(Batch { pages: self.held - self.zero, zero: self.zero, runs, data: self.data })
+        Ok(Batch {
+            pages: self.held - self.zero,
+            zero: self.zero,
+            runs,
+            data: self.data,
+        })
     }
 }

@@ -87,9 +87,14 @@ pub struct AskedThread {
 pub fn ask(p: &Proc, maps: &[Mapping], inner: &[i32], tid_map: &HashMap<i32, i32>) -> Result<(Asked, Injector), InjectError> {
     let pid = p.pid;
     let io = |what| move |source| InjectError::Io { pid, what, source };
-    let listed = procfs::read(pid, "timers").and_then(|b| Ok(timers::parse(&b)?)).map_err(io("read /proc/PID/timers"))?;
+    let listed = procfs::read(pid, "timers")
+        .and_then(|b| Ok(timers::parse(&b)?))
+        .map_err(io("read /proc/PID/timers"))?;
     if listed.len() > MAX_TIMERS {
-        return Err(InjectError::Unfit { pid, reason: format!("it has {} POSIX timers, more than {MAX_TIMERS}", listed.len()) });
+        return Err(InjectError::Unfit {
+            pid,
+            reason: format!("it has {} POSIX timers, more than {MAX_TIMERS}", listed.len()),
+        });
     }
     let inj = Injector::attach(p, maps, inner)?;
     let sys = |nr: i64, args: &[u64]| Record::new(nr, args);
@@ -136,7 +141,11 @@ pub fn ask(p: &Proc, maps: &[Mapping], inner: &[i32], tid_map: &HashMap<i32, i32
                 if r.ret[k] < 0 {
                     return Err(InjectError::Unfit {
                         pid,
-                        reason: format!("{what} in task {}: {}", p.tasks[i].tid, io::Error::from_raw_os_error(-r.ret[k] as i32)),
+                        reason: format!(
+                            "{what} in task {}: {}",
+                            p.tasks[i].tid,
+                            io::Error::from_raw_os_error(-r.ret[k] as i32)
+                        ),
                     });
                 }
             }
@@ -154,7 +163,11 @@ fn read_results(res: &[Results<'_>], listed: &[timers::Timer], tid_map: &HashMap
         .map(|r| AskedThread {
             tid_address: r.u64(TID_ADDR),
             // SS_ONSTACK says where the stack pointer is, not how the stack was set.
-            altstack: AltStack { sp: r.u64(ALT), flags: r.u64(ALT + 8) as i32 & !1, size: r.u64(ALT + 16) },
+            altstack: AltStack {
+                sp: r.u64(ALT),
+                flags: r.u64(ALT + 8) as i32 & !1,
+                size: r.u64(ALT + 16),
+            },
             pdeathsig: r.u64(PDEATH) as i32,
             securebits: r.ret[4].max(0) as u32,
             timerslack_ns: r.ret[5].max(0) as u64,
@@ -169,12 +182,20 @@ fn read_results(res: &[Results<'_>], listed: &[timers::Timer], tid_map: &HashMap
     const FIXED: usize = 8;
     let mut itimers = [ITimer::default(); 3];
     for (w, t) in itimers.iter_mut().enumerate() {
-        *t = ITimer { interval_us: us(ITIMERS + w * 32), value_us: us(ITIMERS + w * 32 + 16) };
+        *t = ITimer {
+            interval_us: us(ITIMERS + w * 32),
+            value_us: us(ITIMERS + w * 32 + 16),
+        };
     }
     let sigactions = (0..64)
         .map(|s| {
             let at = SIGACTIONS + s * 32;
-            SigAction { handler: l.u64(at), flags: l.u64(at + 8), restorer: l.u64(at + 16), mask: l.u64(at + 24) }
+            SigAction {
+                handler: l.u64(at),
+                flags: l.u64(at + 8),
+                restorer: l.u64(at + 16),
+                mask: l.u64(at + 24),
+            }
         })
         .collect();
     let first_timer = FIXED + 8 + 3 + 64;
@@ -187,7 +208,11 @@ fn read_results(res: &[Results<'_>], listed: &[timers::Timer], tid_map: &HashMap
             notify: t.notify,
             signal: t.signal,
             sigval: t.value,
-            tid: if t.notify & 4 != 0 { tid_map.get(&t.target).copied().unwrap_or(t.target) } else { 0 },
+            tid: if t.notify & 4 != 0 {
+                tid_map.get(&t.target).copied().unwrap_or(t.target)
+            } else {
+                0
+            },
             interval_ns: ts(TIMERS + k * 32),
             value_ns: ts(TIMERS + k * 32 + 16),
             overrun: l.ret[first_timer + k * 2 + 1] as i32,
@@ -212,7 +237,10 @@ fn read_results(res: &[Results<'_>], listed: &[timers::Timer], tid_map: &HashMap
 
 /// Queued signals, as the image keeps them.
 pub fn pending(tid: i32, shared: bool) -> io::Result<Vec<SigInfo>> {
-    Ok(ptrace::peek_signals(tid, shared)?.into_iter().map(|s| SigInfo(s.to_vec())).collect())
+    Ok(ptrace::peek_signals(tid, shared)?
+        .into_iter()
+        .map(|s| SigInfo(s.to_vec()))
+        .collect())
 }
 
 /// A thread from its stop, its /proc files and what it was asked.
@@ -222,7 +250,10 @@ pub fn thread(pid: i32, task: &crate::tracer::Task, asked: &AskedThread, all_cpu
     let (ptr, size, sig) = ptrace::rseq(tid).unwrap_or_default();
     let text = |name: &str| procfs::read(pid, &format!("task/{tid}/{name}"));
     let comm = text("comm")?;
-    let personality = text("personality").ok().and_then(|b| u32::from_str_radix(String::from_utf8_lossy(&b).trim(), 16).ok()).unwrap_or(0);
+    let personality = text("personality")
+        .ok()
+        .and_then(|b| u32::from_str_radix(String::from_utf8_lossy(&b).trim(), 16).ok())
+        .unwrap_or(0);
     Ok(Thread {
         tid: st.inner_pid(),
         regs: task.regs,
@@ -232,7 +263,11 @@ pub fn thread(pid: i32, task: &crate::tracer::Task, asked: &AskedThread, all_cpu
         altstack: asked.altstack,
         tid_address: asked.tid_address,
         robust_list: misc::robust_list(tid).unwrap_or_default(),
-        rseq: (ptr != 0).then_some(Rseq { address: ptr, len: size, signature: sig }),
+        rseq: (ptr != 0).then_some(Rseq {
+            address: ptr,
+            len: size,
+            signature: sig,
+        }),
         comm: String::from_utf8_lossy(comm.strip_suffix(b"\n").unwrap_or(&comm)).into_owned(),
         creds: Creds {
             uids: st.uids,

@@ -54,8 +54,19 @@ pub fn inventory(root: i32, host: Host) -> Result<Dumped, DumpError> {
     let mut procs = Vec::new();
     for (pid, parent) in discover(root)? {
         let Ok(stat) = stat::read(pid) else { continue };
-        let tids = if stat.state == b'Z' { Vec::new() } else { procfs::tasks(pid).unwrap_or_default() };
-        let mut tasks: Vec<Task> = tids.into_iter().map(|tid| Task { tid, regs: Default::default(), group_stopped: false }).collect();
+        let tids = if stat.state == b'Z' {
+            Vec::new()
+        } else {
+            procfs::tasks(pid).unwrap_or_default()
+        };
+        let mut tasks: Vec<Task> = tids
+            .into_iter()
+            .map(|tid| Task {
+                tid,
+                regs: Default::default(),
+                group_stopped: false,
+            })
+            .collect();
         tasks.sort_by_key(|t| (t.tid != pid, t.tid));
         procs.push(Proc { pid, parent, tasks, stat });
     }
@@ -107,11 +118,20 @@ pub fn frozen(f: &mut Frozen, host: Host) -> Result<(Dumped, Vec<Option<Injector
     let mut d = collect(&f.procs, &mut asked, host, fds::Mode::Frozen)?;
     for (p, place) in f.procs.iter().map(|p| (p, place(p.pid))) {
         if !p.is_zombie() && p.tasks[0].tid != p.pid {
-            d.blockers.push(Blocker::new(place, "its leading thread has ended while others go on", "wait until it ends"));
+            d.blockers.push(Blocker::new(
+                place,
+                "its leading thread has ended while others go on",
+                "wait until it ends",
+            ));
         } else if p.tasks.iter().any(|t| t.group_stopped) {
-            d.blockers.push(Blocker::new(place, "it is stopped by job control", format!("let it go on first: kill -CONT {}", p.pid)));
+            d.blockers.push(Blocker::new(
+                place,
+                "it is stopped by job control",
+                format!("let it go on first: kill -CONT {}", p.pid),
+            ));
         } else if p.tasks.iter().any(|t| t.regs.cs != 0x33) {
-            d.blockers.push(Blocker::new(place, "it runs 32-bit code", "32-bit programs cannot move"));
+            d.blockers
+                .push(Blocker::new(place, "it runs 32-bit code", "32-bit programs cannot move"));
         }
     }
     Ok((d, injectors))
@@ -150,7 +170,11 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         let exe = std::fs::read_link(procfs::path(p.pid, "exe"))?;
         let exe_meta = rustix::fs::stat(procfs::path(p.pid, "exe")).map_err(io::Error::from)?;
         if exe_meta.st_nlink == 0 {
-            blockers.push(Blocker::new(&here, format!("its executable {} was deleted or replaced", exe.display()), "restart it from the present file"));
+            blockers.push(Blocker::new(
+                &here,
+                format!("its executable {} was deleted or replaced", exe.display()),
+                "restart it from the present file",
+            ));
         }
         let exe = files::file_id(exe.as_os_str().as_bytes(), &exe_meta);
         let number = |name: &str| procfs::read(p.pid, name).map(|b| String::from_utf8_lossy(&b).trim().to_owned());
@@ -165,7 +189,10 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
             xcomp_perm: a.xcomp_perm,
             pkeys,
             mlock_future: a.mlock_future,
-            coredump_filter: number("coredump_filter").ok().and_then(|s| u32::from_str_radix(&s, 16).ok()).unwrap_or(0x33),
+            coredump_filter: number("coredump_filter")
+                .ok()
+                .and_then(|s| u32::from_str_radix(&s, 16).ok())
+                .unwrap_or(0x33),
             oom_score_adj: number("oom_score_adj").ok().and_then(|s| s.parse().ok()).unwrap_or(0),
         });
         let threads = p
@@ -184,9 +211,19 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         let cwd = std::fs::read_link(procfs::path(p.pid, "cwd"))?;
         let cwd_meta = rustix::fs::stat(procfs::path(p.pid, "cwd")).map_err(io::Error::from)?;
         if cwd_meta.st_nlink == 0 {
-            blockers.push(Blocker::new(&here, "its working directory was deleted", "let it change to a directory that exists"));
+            blockers.push(Blocker::new(
+                &here,
+                "its working directory was deleted",
+                "let it change to a directory that exists",
+            ));
         }
-        sources.push((processes.len(), fds::Source { pid: p.pid, inner_pid: st.inner_tgid() }));
+        sources.push((
+            processes.len(),
+            fds::Source {
+                pid: p.pid,
+                inner_pid: st.inner_tgid(),
+            },
+        ));
         processes.push(Process {
             pid: st.inner_tgid(),
             parent: p.parent.map(|x| x as u32),
@@ -217,7 +254,11 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
     let (objects, object_fds) = objects.into_parts();
     let tree = Tree {
         host,
-        clocks: Clocks { monotonic_ns: clocks.0, boottime_ns: clocks.1, realtime_ns: misc::clock_ns(libc::CLOCK_REALTIME) },
+        clocks: Clocks {
+            monotonic_ns: clocks.0,
+            boottime_ns: clocks.1,
+            realtime_ns: misc::clock_ns(libc::CLOCK_REALTIME),
+        },
         processes,
         mms,
         objects,
@@ -225,9 +266,18 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         pipes: tables.pipes,
     };
     if let Err(reason) = crate::restore::plan::sessions(&tree.processes) {
-        blockers.push(Blocker::new(place(procs[0].pid), reason, "wait until the processes concerned have ended"));
+        blockers.push(Blocker::new(
+            place(procs[0].pid),
+            reason,
+            "wait until the processes concerned have ended",
+        ));
     }
-    Ok(Dumped { tree, pids: procs.iter().map(|p| p.pid).collect(), object_fds, blockers })
+    Ok(Dumped {
+        tree,
+        pids: procs.iter().map(|p| p.pid).collect(),
+        object_fds,
+        blockers,
+    })
 }
 
 fn online_cpus() -> Vec<u64> {
@@ -305,40 +355,76 @@ fn process_blockers(
         return;
     }
     if st.tracer != 0 && st.tracer != std::process::id() as i32 && !is_own_thread(st.tracer) {
-        block(format!("it is traced by pid {} ({})", st.tracer, comm(st.tracer)), "end the debugger or strace first");
+        block(
+            format!("it is traced by pid {} ({})", st.tracer, comm(st.tracer)),
+            "end the debugger or strace first",
+        );
     }
     if st.seccomp != 0 {
-        block("it runs under a seccomp filter".into(), "start it without one; filters cannot move yet");
+        block(
+            "it runs under a seccomp filter".into(),
+            "start it without one; filters cannot move yet",
+        );
     }
     if matches!(st.state, b'T') && st.tracer == 0 {
-        block("it is stopped by job control".into(), &format!("let it go on first: kill -CONT {}", p.pid));
+        block(
+            "it is stopped by job control".into(),
+            &format!("let it go on first: kill -CONT {}", p.pid),
+        );
     }
     match elf_class(p.pid) {
         Ok(1) => block("it is a 32-bit program".into(), "32-bit programs cannot move"),
         Ok(_) => {}
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => block(format!("its executable cannot be read: {e}"), "run migrate as root"),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            block(format!("its executable cannot be read: {e}"), "run migrate as root")
+        }
         Err(_) => {}
     }
-    for (ns, what) in [("net", "network"), ("ipc", "IPC"), ("uts", "UTS"), ("user", "user"), ("cgroup", "cgroup")] {
-        let (theirs, ours) = (procfs::link(p.pid, &format!("ns/{ns}")), procfs::link(std::process::id() as i32, &format!("ns/{ns}")));
+    for (ns, what) in [
+        ("net", "network"),
+        ("ipc", "IPC"),
+        ("uts", "UTS"),
+        ("user", "user"),
+        ("cgroup", "cgroup"),
+    ] {
+        let (theirs, ours) = (
+            procfs::link(p.pid, &format!("ns/{ns}")),
+            procfs::link(std::process::id() as i32, &format!("ns/{ns}")),
+        );
         if let (Ok(a), Ok(b)) = (theirs, ours)
             && a != b
         {
-            block(format!("it is in another {what} namespace than this agent"), "run migrate inside that namespace (nsenter)");
+            block(
+                format!("it is in another {what} namespace than this agent"),
+                "run migrate inside that namespace (nsenter)",
+            );
         }
     }
     if let Ok(root) = procfs::link(p.pid, "root")
         && root != b"/"
     {
-        block(format!("its root directory is {}", String::from_utf8_lossy(&root)), "run migrate inside the same chroot");
+        block(
+            format!("its root directory is {}", String::from_utf8_lossy(&root)),
+            "run migrate inside the same chroot",
+        );
     }
     if let Some(parent) = p.parent
         && let Some(pp) = procs.get(parent)
     {
-        for (what, name) in [(Shared::Vm, "memory"), (Shared::Files, "descriptors"), (Shared::Fs, "working directory"), (Shared::Sighand, "handlers")] {
+        for (what, name) in [
+            (Shared::Vm, "memory"),
+            (Shared::Files, "descriptors"),
+            (Shared::Fs, "working directory"),
+            (Shared::Sighand, "handlers"),
+        ] {
             if misc::shares(p.pid, pp.pid, what).unwrap_or(false) {
                 blockers.push(
-                    Blocker::new(here, format!("it shares its {name} with its parent (vfork or clone)"), "it passes when the child execs").transient(),
+                    Blocker::new(
+                        here,
+                        format!("it shares its {name} with its parent (vfork or clone)"),
+                        "it passes when the child execs",
+                    )
+                    .transient(),
                 );
             }
         }
@@ -346,7 +432,11 @@ fn process_blockers(
     for t in p.tasks.iter().skip(1) {
         for (what, name) in [(Shared::Files, "descriptors"), (Shared::Fs, "working directory")] {
             if !misc::shares(p.pid, t.tid, what).unwrap_or(true) {
-                blockers.push(Blocker::new(format!("{here} thread {}", t.tid), format!("it has {name} of its own (unshare)"), "such threads cannot move"));
+                blockers.push(Blocker::new(
+                    format!("{here} thread {}", t.tid),
+                    format!("it has {name} of its own (unshare)"),
+                    "such threads cannot move",
+                ));
             }
         }
     }
@@ -360,7 +450,9 @@ fn is_own_thread(tid: i32) -> bool {
 }
 
 fn comm(pid: i32) -> String {
-    procfs::read(pid, "comm").map(|b| String::from_utf8_lossy(b.trim_ascii_end()).into_owned()).unwrap_or_default()
+    procfs::read(pid, "comm")
+        .map(|b| String::from_utf8_lossy(b.trim_ascii_end()).into_owned())
+        .unwrap_or_default()
 }
 
 fn elf_class(pid: i32) -> io::Result<u8> {

@@ -43,7 +43,11 @@ impl Tree {
     pub fn empty(host: Host) -> Tree {
         Tree {
             host,
-            clocks: Clocks { monotonic_ns: 0, boottime_ns: 0, realtime_ns: 0 },
+            clocks: Clocks {
+                monotonic_ns: 0,
+                boottime_ns: 0,
+                realtime_ns: 0,
+            },
             processes: Vec::new(),
             mms: Vec::new(),
             objects: Vec::new(),

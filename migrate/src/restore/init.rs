@@ -6,7 +6,19 @@ use std::{io, sync::atomic::AtomicU32};
 ///
 /// `word` is the address of the decision word, mapped shared in this process: at 2 the init ends and the namespace with it.
 pub fn spawn(word: u64) -> io::Result<i32> {
-    let args = [(libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64, 0, 0, 0, libc::SIGCHLD as u64, 0, 0, 0, 0, 0, 0];
+    let args = [
+        (libc::CLONE_NEWPID | libc::CLONE_NEWNS) as u64,
+        0,
+        0,
+        0,
+        libc::SIGCHLD as u64,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ];
     // SAFETY: like fork, without CLONE_VM. The child makes only async-signal-safe calls and never returns.
     let pid = super::super::sys::check(unsafe { libc::syscall(libc::SYS_clone3, args.as_ptr(), size_of_val(&args)) })? as i32;
     if pid == 0 {
@@ -25,12 +37,27 @@ fn run(word: u64) -> ! {
         }
         libc::close(null);
         libc::prctl(libc::PR_SET_NAME, c"migrate-init".as_ptr());
-        libc::mount(std::ptr::null(), c"/".as_ptr(), std::ptr::null(), libc::MS_REC | libc::MS_SLAVE, std::ptr::null());
-        libc::mount(c"proc".as_ptr(), c"/proc".as_ptr(), c"proc".as_ptr(), libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC, std::ptr::null());
+        libc::mount(
+            std::ptr::null(),
+            c"/".as_ptr(),
+            std::ptr::null(),
+            libc::MS_REC | libc::MS_SLAVE,
+            std::ptr::null(),
+        );
+        libc::mount(
+            c"proc".as_ptr(),
+            c"/proc".as_ptr(),
+            c"proc".as_ptr(),
+            libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+            std::ptr::null(),
+        );
         libc::setsid();
         let word = AtomicU32::from_ptr(word as *mut u32);
         let nap = |ms: i64| {
-            let t = libc::timespec { tv_sec: ms / 1000, tv_nsec: ms % 1000 * 1_000_000 };
+            let t = libc::timespec {
+                tv_sec: ms / 1000,
+                tv_nsec: ms % 1000 * 1_000_000,
+            };
             libc::nanosleep(&t, std::ptr::null_mut());
         };
         loop {

@@ -1,12 +1,12 @@
 //! Address spaces of the copy: emptied, mapped like the original, filled.
 
+use super::fds::{FileUse, same_file};
 use super::pilots::{Batch, PilotError, Pilots};
 use crate::{
     image::{Backing, FileId, Mm, PAGE, Vma},
     procfs::maps,
     sys::misc,
 };
-use super::fds::{FileUse, same_file};
 
 const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 const MAP_DROPPABLE: u64 = 0x08;
@@ -30,12 +30,25 @@ pub struct Parking {
 /// Bytes the parking needs: the span of this process's own special mappings.
 pub fn parking(at: u64) -> std::io::Result<(Parking, Vec<(u64, u64)>)> {
     let maps = maps::maps(std::process::id() as i32)?;
-    let special: Vec<_> = maps.iter().filter(|m| m.name.starts_with(b"[v") && m.name != b"[vsyscall]").collect();
+    let special: Vec<_> = maps
+        .iter()
+        .filter(|m| m.name.starts_with(b"[v") && m.name != b"[vsyscall]")
+        .collect();
     let first = special.first().map_or(0, |m| m.start);
     let last = special.last().map_or(0, |m| m.end);
     let used = maps.iter().filter(|m| m.name != b"[vsyscall]").map(|m| (m.start, m.end)).collect();
-    let list = special.iter().map(|m| (String::from_utf8_lossy(&m.name).into_owned(), m.start - first, m.end - m.start)).collect();
-    Ok((Parking { at, len: last - first, special: list }, used))
+    let list = special
+        .iter()
+        .map(|m| (String::from_utf8_lossy(&m.name).into_owned(), m.start - first, m.end - m.start))
+        .collect();
+    Ok((
+        Parking {
+            at,
+            len: last - first,
+            special: list,
+        },
+        used,
+    ))
 }
 
 /// First batch of the root: gives up everything inherited from the agent but the pilots' range and the parked mappings.
@@ -43,14 +56,24 @@ pub fn empty(keep: (u64, u64), park: &Parking) -> std::io::Result<Batch> {
     let mut b = Batch::new();
     if let Some((addr, len)) = misc::own_rseq() {
         // RSEQ_FLAG_UNREGISTER with the signature glibc uses on x86.
-        b.call_or("unregister the agent's rseq area", libc::EINVAL, libc::SYS_rseq, &[addr, len as u64, 1, 0x5305_3053]);
+        b.call_or(
+            "unregister the agent's rseq area",
+            libc::EINVAL,
+            libc::SYS_rseq,
+            &[addr, len as u64, 1, 0x5305_3053],
+        );
     }
     let maps = maps::maps(std::process::id() as i32)?;
     for m in maps.iter().filter(|m| m.name.starts_with(b"[v") && m.name != b"[vsyscall]") {
         let name = String::from_utf8_lossy(&m.name).into_owned();
         if let Some((_, off, len)) = park.special.iter().find(|s| s.0 == name) {
             // MREMAP_MAYMOVE | MREMAP_FIXED
-            b.call_eq(format!("park {name}"), (park.at + off) as i64, libc::SYS_mremap, &[m.start, *len, *len, 3, park.at + off]);
+            b.call_eq(
+                format!("park {name}"),
+                (park.at + off) as i64,
+                libc::SYS_mremap,
+                &[m.start, *len, *len, 3, park.at + off],
+            );
         }
     }
     let munmap = |b: &mut Batch, from: u64, to: u64| b.call("empty the address space", libc::SYS_munmap, &[from, to - from]);
@@ -105,7 +128,12 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
             }
         };
         let prot = v.prot as u64;
-        b!().call_eq(what, v.start as i64, libc::SYS_mmap, &[v.start, v.end - v.start, prot, flags, fd, offset]);
+        b!().call_eq(
+            what,
+            v.start as i64,
+            libc::SYS_mmap,
+            &[v.start, v.end - v.start, prot, flags, fd, offset],
+        );
         let f = &v.flags;
         for (on, advice) in [
             (f.dont_fork, libc::MADV_DONTFORK),
@@ -118,7 +146,11 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
             (f.no_huge, libc::MADV_NOHUGEPAGE),
         ] {
             if on {
-                b!().call(format!("madvise {advice} on {:#x}", v.start), libc::SYS_madvise, &[v.start, v.end - v.start, advice as u64]);
+                b!().call(
+                    format!("madvise {advice} on {:#x}", v.start),
+                    libc::SYS_madvise,
+                    &[v.start, v.end - v.start, advice as u64],
+                );
             }
         }
         if let Some(name) = &v.name {
@@ -150,7 +182,18 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
     let auxv = b.data(&mm.auxv);
     let mut s = Vec::with_capacity(104);
     for v in [
-        l.start_code, l.end_code, l.start_data, l.end_data, l.start_brk, l.brk, l.start_stack, l.arg_start, l.arg_end, l.env_start, l.env_end, auxv,
+        l.start_code,
+        l.end_code,
+        l.start_data,
+        l.end_data,
+        l.start_brk,
+        l.brk,
+        l.start_stack,
+        l.arg_start,
+        l.arg_end,
+        l.env_start,
+        l.env_end,
+        auxv,
     ] {
         s.extend_from_slice(&v.to_le_bytes());
     }
@@ -187,7 +230,11 @@ pub fn after_pages(mm: &Mm, guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
         push("install a guard region", libc::SYS_madvise, &[*a, e - a, MADV_GUARD_INSTALL]);
     }
     for v in mm.vmas.iter().filter(|v| v.flags.locked || v.flags.lock_on_fault) {
-        push("mlock2", libc::SYS_mlock2, &[v.start, v.end - v.start, u64::from(v.flags.lock_on_fault)]);
+        push(
+            "mlock2",
+            libc::SYS_mlock2,
+            &[v.start, v.end - v.start, u64::from(v.flags.lock_on_fault)],
+        );
     }
     match mm.mlock_future {
         0 => {}
@@ -204,7 +251,12 @@ pub fn after_pages(mm: &Mm, guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
 
 /// Checks what a peer or an image claims of an address space.
 pub fn validate(mm: &Mm) -> Result<(), PilotError> {
-    let bad = |what: String| Err(PilotError::Agent { what, source: std::io::Error::from(std::io::ErrorKind::InvalidData) });
+    let bad = |what: String| {
+        Err(PilotError::Agent {
+            what,
+            source: std::io::Error::from(std::io::ErrorKind::InvalidData),
+        })
+    };
     let mut last = 0x1000;
     for v in &mm.vmas {
         if v.start % PAGE != 0 || v.end % PAGE != 0 || v.start < last || v.end <= v.start || v.end > TASK_SIZE || v.prot > 7 {
@@ -221,5 +273,9 @@ pub fn open_mapped(file: &FileId, write: bool) -> std::io::Result<std::fs::File>
     let fail = |m: String| std::io::Error::other(format!("{}: {m}", path.display()));
     let usage = if write { FileUse::Write { frozen: true } } else { FileUse::Read };
     same_file(file, usage).map_err(fail)?;
-    std::fs::OpenOptions::new().read(true).write(write).open(path).map_err(|e| fail(e.to_string()))
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(write)
+        .open(path)
+        .map_err(|e| fail(e.to_string()))
 }

@@ -198,12 +198,24 @@ impl Pilots {
             .iter()
             .map(|&(_, leader)| {
                 let (records, data) = if leader { LEADER } else { THREAD };
-                let s = Slot { at, records, data, seq: 0, posted: 0 };
+                let s = Slot {
+                    at,
+                    records,
+                    data,
+                    seq: 0,
+                    posted: 0,
+                };
                 at += Slot::size(records, data);
                 s
             })
             .collect();
-        Ok(Pilots { word, region, slots, pids: tasks.iter().map(|t| t.0).collect(), patience: Duration::from_secs(30) })
+        Ok(Pilots {
+            word,
+            region,
+            slots,
+            pids: tasks.iter().map(|t| t.0).collect(),
+            patience: Duration::from_secs(30),
+        })
     }
 
     /// The whole mapping, to keep or to unmap.
@@ -236,7 +248,11 @@ impl Pilots {
 
     /// Address a data token will have in a slot.
     fn resolve(&self, slot: usize, v: u64) -> u64 {
-        if v & DATA_MASK == DATA { self.region.addr(self.slots[slot].data_at() + (v & !DATA_MASK) as usize) } else { v }
+        if v & DATA_MASK == DATA {
+            self.region.addr(self.slots[slot].data_at() + (v & !DATA_MASK) as usize)
+        } else {
+            v
+        }
     }
 
     /// Address of byte `offset` of a slot's data area.
@@ -258,7 +274,12 @@ impl Pilots {
     /// Starts a batch; [`Pilots::wait`] collects it.
     pub fn post(&mut self, slot: usize, batch: &Batch) {
         let s = self.slots[slot];
-        assert!(batch.len() <= s.records && batch.data.len() <= s.data, "a batch of {} records, {} bytes", batch.len(), batch.data.len());
+        assert!(
+            batch.len() <= s.records && batch.data.len() <= s.data,
+            "a batch of {} records, {} bytes",
+            batch.len(),
+            batch.data.len()
+        );
         self.region.write(s.data_at(), &batch.data);
         let mut bytes = Vec::with_capacity(batch.len() * RECORD);
         for r in &batch.records {
@@ -296,9 +317,15 @@ impl Pilots {
             }
             self.region.wait(s.at + 4, done, 100);
             if start.elapsed() > self.patience || self.word.word(WORD).load(Ordering::Acquire) == 2 {
-                let k = (0..batch.len()).find(|k| self.region.read_u64(s.table() + k * RECORD + 56) as i64 == i64::MIN).unwrap_or(0);
+                let k = (0..batch.len())
+                    .find(|k| self.region.read_u64(s.table() + k * RECORD + 56) as i64 == i64::MIN)
+                    .unwrap_or(0);
                 let what = batch.notes.get(k).map_or_else(String::new, |n| n.0.clone());
-                return Err(PilotError::Silent { pid, ms: start.elapsed().as_millis(), what });
+                return Err(PilotError::Silent {
+                    pid,
+                    ms: start.elapsed().as_millis(),
+                    what,
+                });
             }
         }
         let mut out = Vec::with_capacity(batch.len());
@@ -316,7 +343,11 @@ impl Pilots {
                 } else {
                     io::Error::other(format!("returned {ret:#x}"))
                 };
-                return Err(PilotError::Call { pid, what: what.clone(), source });
+                return Err(PilotError::Call {
+                    pid,
+                    what: what.clone(),
+                    source,
+                });
             }
             out.push(ret);
         }
@@ -348,7 +379,11 @@ impl Pilots {
 
     /// The one release event. False: a task had found its parent gone and the copy is dead.
     pub fn release(&self) -> bool {
-        let ok = self.word.word(WORD).compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        let ok = self
+            .word
+            .word(WORD)
+            .compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok();
         self.word.wake(WORD);
         ok
     }

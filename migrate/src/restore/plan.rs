@@ -24,7 +24,10 @@ pub fn sessions(processes: &[Process]) -> Result<Vec<Vec<Step>>, String> {
     let sid = |p: &Process| if leaders.contains(&p.sid) { p.sid } else { OUTSIDE };
     let outside: HashSet<i32> = processes.iter().filter(|p| sid(p) == OUTSIDE).map(|p| p.sid).collect();
     if outside.len() > 1 {
-        return Err(format!("the tree spans {} sessions whose leaders are outside it or have ended", outside.len()));
+        return Err(format!(
+            "the tree spans {} sessions whose leaders are outside it or have ended",
+            outside.len()
+        ));
     }
     let mut children: Vec<Vec<usize>> = vec![Vec::new(); processes.len()];
     for (i, p) in processes.iter().enumerate().skip(1) {
@@ -67,7 +70,10 @@ pub fn sessions(processes: &[Process]) -> Result<Vec<Vec<Step>>, String> {
             for &c in &children[i] {
                 if born[c].is_some_and(|s| s != p.pid) {
                     if born[c] != Some(actual[i]) {
-                        return Err(format!("process {} is in a session it cannot inherit from its parent {}", processes[c].pid, p.pid));
+                        return Err(format!(
+                            "process {} is in a session it cannot inherit from its parent {}",
+                            processes[c].pid, p.pid
+                        ));
                     }
                     actual[c] = actual[i];
                     steps.push(Step::Clone(c));
@@ -83,7 +89,10 @@ pub fn sessions(processes: &[Process]) -> Result<Vec<Vec<Step>>, String> {
         } else {
             for &c in &children[i] {
                 if born[c].is_some_and(|s| s != actual[i]) {
-                    return Err(format!("process {} is in a session it cannot inherit from its parent {}", processes[c].pid, p.pid));
+                    return Err(format!(
+                        "process {} is in a session it cannot inherit from its parent {}",
+                        processes[c].pid, p.pid
+                    ));
                 }
                 actual[c] = actual[i];
                 steps.push(Step::Clone(c));

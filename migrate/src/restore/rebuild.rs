@@ -105,7 +105,12 @@ impl Rebuild {
         )
         .map_err(|e| PilotError::agent("make a socket pair")(e.into()))?;
         // Above every number the tree uses, so that what it receives takes the lowest numbers in order.
-        let highest = tree.processes.iter().flat_map(|p| p.fds.iter().map(|f| f.fd as u64)).max().unwrap_or(0);
+        let highest = tree
+            .processes
+            .iter()
+            .flat_map(|p| p.fds.iter().map(|f| f.fd as u64))
+            .max()
+            .unwrap_or(0);
         let most = tree.processes.iter().map(|p| p.fds.len() as u64).max().unwrap_or(0);
         let mapped = tree.mms.iter().map(|m| m.vmas.len() as u64).max().unwrap_or(0).min(4096);
         let socket_number = highest.max(most).max(mapped) + 16;
@@ -153,11 +158,20 @@ impl Rebuild {
         self.pids[0] = root;
         let mut b = mm::empty(self.pilots.range(), &self.park).map_err(PilotError::agent("read own mappings"))?;
         if let Some(ns) = &self.mount_namespace {
-            b.call("enter the fresh mount namespace", libc::SYS_setns, &[ns.as_raw_fd() as u64, libc::CLONE_NEWNS as u64]);
+            b.call(
+                "enter the fresh mount namespace",
+                libc::SYS_setns,
+                &[ns.as_raw_fd() as u64, libc::CLONE_NEWNS as u64],
+            );
         }
         let k = self.socket_number;
         if socket.as_raw_fd() as u64 != k {
-            b.call_eq("move the descriptor socket", k as i64, libc::SYS_dup3, &[socket.as_raw_fd() as u64, k, 0]);
+            b.call_eq(
+                "move the descriptor socket",
+                k as i64,
+                libc::SYS_dup3,
+                &[socket.as_raw_fd() as u64, k, 0],
+            );
         }
         b.call("close the agent's descriptors", libc::SYS_close_range, &[0, k - 1, 0]);
         b.call("close the agent's descriptors", libc::SYS_close_range, &[k + 1, u32::MAX as u64, 0]);
@@ -197,8 +211,10 @@ impl Rebuild {
         let init = super::init::spawn(word).map_err(PilotError::agent("make a fresh pid namespace"))?;
         self.init = Some(init);
         let ns = File::open(format!("/proc/{init}/ns/pid")).map_err(PilotError::agent("open the fresh pid namespace"))?;
-        nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWPID).map_err(|e| PilotError::agent("enter the fresh pid namespace")(e.into()))?;
-        self.mount_namespace = Some(File::open(format!("/proc/{init}/ns/mnt")).map_err(PilotError::agent("open the fresh mount namespace"))?);
+        nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWPID)
+            .map_err(|e| PilotError::agent("enter the fresh pid namespace")(e.into()))?;
+        self.mount_namespace =
+            Some(File::open(format!("/proc/{init}/ns/mnt")).map_err(PilotError::agent("open the fresh mount namespace"))?);
         Ok(())
     }
 
@@ -219,10 +235,17 @@ impl Rebuild {
                     let control = self.pilots.control(self.slots[c][0], self.tree.processes[i].pid);
                     let set_tid = b.data(&pid.to_le_bytes());
                     let set_tid = self.pilots.address_of(slot, set_tid);
-                    let args: Vec<u8> =
-                        [0, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0].iter().flat_map(|v: &u64| v.to_le_bytes()).collect();
+                    let args: Vec<u8> = [0, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0]
+                        .iter()
+                        .flat_map(|v: &u64| v.to_le_bytes())
+                        .collect();
                     let args = b.data(&args);
-                    b.call_eq(format!("create process {pid}"), pid as i64, libc::SYS_clone3, &[args, 88, 0, 0, 0, control]);
+                    b.call_eq(
+                        format!("create process {pid}"),
+                        pid as i64,
+                        libc::SYS_clone3,
+                        &[args, 88, 0, 0, 0, control],
+                    );
                     self.pilots.run(slot, &b)?;
                     self.descend(c, steps)?;
                 }
@@ -248,7 +271,9 @@ impl Rebuild {
         };
         let map = find().map_err(PilotError::agent("find the copy's processes"))?;
         for (pid, p) in self.pids.iter_mut().zip(&self.tree.processes) {
-            *pid = *map.get(&p.pid).ok_or_else(|| PilotError::agent(format!("find process {}", p.pid))(io::ErrorKind::NotFound.into()))?;
+            *pid = *map
+                .get(&p.pid)
+                .ok_or_else(|| PilotError::agent(format!("find process {}", p.pid))(io::ErrorKind::NotFound.into()))?;
         }
         Ok(())
     }
@@ -304,7 +329,9 @@ impl Rebuild {
             let mut flags = [0u8; 4];
             self.pilots.read_data(slot, h + 48, &mut flags);
             if u32::from_le_bytes(flags) & libc::MSG_CTRUNC as u32 != 0 {
-                return Err(PilotError::agent("pass descriptors")(io::Error::other("the limit on open files is too low")));
+                return Err(PilotError::agent("pass descriptors")(io::Error::other(
+                    "the limit on open files is too low",
+                )));
             }
         }
         Ok(())
@@ -329,7 +356,10 @@ impl Rebuild {
                     }
                 }
                 Backing::Object { object, .. } => {
-                    let fd = self.objects.get(*object as usize).ok_or_else(|| PilotError::agent("map an object")(io::ErrorKind::InvalidData.into()))?;
+                    let fd = self
+                        .objects
+                        .get(*object as usize)
+                        .ok_or_else(|| PilotError::agent("map an object")(io::ErrorKind::InvalidData.into()))?;
                     objects.entry(*object).or_insert_with(|| {
                         raw.push(fd.as_raw_fd());
                         raw.len() as u64 - 1
@@ -412,13 +442,21 @@ impl Rebuild {
         for (i, p) in tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_some()) {
             self.end_zombie(i, p.zombie.unwrap_or(0), &p.comm)?;
         }
-        let bounding = status::read_task(std::process::id() as i32, std::process::id() as i32).map(|s| s.caps[3]).unwrap_or(u64::MAX);
-        let last_cap: u32 =
-            std::fs::read_to_string("/proc/sys/kernel/cap_last_cap").ok().and_then(|s| s.trim().parse().ok()).unwrap_or(40);
+        let bounding = status::read_task(std::process::id() as i32, std::process::id() as i32)
+            .map(|s| s.caps[3])
+            .unwrap_or(u64::MAX);
+        let last_cap: u32 = std::fs::read_to_string("/proc/sys/kernel/cap_last_cap")
+            .ok()
+            .and_then(|s| s.trim().parse().ok())
+            .unwrap_or(40);
         for &i in &live {
             let p = &tree.processes[i];
             let mm = &tree.mms[p.mm as usize];
-            let zombies = tree.processes.iter().filter(|c| c.zombie.is_some() && c.parent == Some(i as u32)).count();
+            let zombies = tree
+                .processes
+                .iter()
+                .filter(|c| c.zombie.is_some() && c.parent == Some(i as u32))
+                .count();
             self.pilots.run(self.slots[i][0], &task::process(p, tree, zombies))?;
             // Needs the pid the agent sees.
             let agent = self.pids[i];
@@ -432,8 +470,12 @@ impl Rebuild {
         for &i in &live {
             let p = &tree.processes[i];
             let dumpable = tree.mms[p.mm as usize].dumpable;
-            let batches: Vec<Batch> =
-                p.threads.iter().enumerate().map(|(k, t)| task::thread(t, p, last_cap, bounding, k == 0, dumpable)).collect();
+            let batches: Vec<Batch> = p
+                .threads
+                .iter()
+                .enumerate()
+                .map(|(k, t)| task::thread(t, p, last_cap, bounding, k == 0, dumpable))
+                .collect();
             for (k, b) in batches.iter().enumerate() {
                 self.pilots.post(self.slots[i][k], b);
             }
@@ -446,7 +488,9 @@ impl Rebuild {
             for (k, t) in tree.processes[i].threads.iter().enumerate() {
                 let slot = self.slots[i][k];
                 let regs = arch::restart_anew(&t.regs);
-                let sp = self.pilots.frame(slot, |base| arch::sigframe(base, &regs, &t.xstate, t.sigmask, &t.altstack));
+                let sp = self
+                    .pilots
+                    .frame(slot, |base| arch::sigframe(base, &regs, &t.xstate, t.sigmask, &t.altstack));
                 let mut b = Batch::new();
                 if k == 0 {
                     b.call("close the descriptor socket", libc::SYS_close, &[self.socket_number]);
@@ -483,7 +527,11 @@ impl Rebuild {
             if k as i32 != f.fd {
                 push("dup3", libc::SYS_dup3, &[k as u64, f.fd as u64, flags]);
             } else if f.cloexec {
-                push("FD_CLOEXEC", libc::SYS_fcntl, &[k as u64, libc::F_SETFD as u64, libc::FD_CLOEXEC as u64]);
+                push(
+                    "FD_CLOEXEC",
+                    libc::SYS_fcntl,
+                    &[k as u64, libc::F_SETFD as u64, libc::FD_CLOEXEC as u64],
+                );
             }
         }
         let wanted: std::collections::HashSet<i32> = p.fds.iter().map(|f| f.fd).collect();
@@ -508,7 +556,10 @@ impl Rebuild {
             let holder = live.iter().copied().find_map(|i| {
                 let fds = &tree.processes[i].fds;
                 let ep = fds.iter().find(|f| f.description as usize == d)?;
-                entries.iter().all(|e| fds.iter().any(|f| f.fd == e.fd && f.description == e.description)).then_some((i, ep.fd))
+                entries
+                    .iter()
+                    .all(|e| fds.iter().any(|f| f.fd == e.fd && f.description == e.description))
+                    .then_some((i, ep.fd))
             });
             let Some((i, ep)) = holder else { continue };
             rest[d].kind = Kind::Epoll { entries: Vec::new() };
@@ -522,7 +573,10 @@ impl Rebuild {
                     let args = [ep as u64, libc::EPOLL_CTL_ADD as u64, e.fd as u64, at];
                     let what = format!("epoll_ctl add {}", e.fd);
                     // The receiver's stream may be a file, which cannot be polled.
-                    if matches!(tree.descriptions.get(e.description as usize).map(|d| &d.kind), Some(Kind::Stdio { .. })) {
+                    if matches!(
+                        tree.descriptions.get(e.description as usize).map(|d| &d.kind),
+                        Some(Kind::Stdio { .. })
+                    ) {
                         b.call_or(what, libc::EPERM, libc::SYS_epoll_ctl, &args);
                     } else {
                         b.call(what, libc::SYS_epoll_ctl, &args);
@@ -537,7 +591,13 @@ impl Rebuild {
     fn threads(&mut self, i: usize, tree: &Tree) -> Result<(), PilotError> {
         let p = &tree.processes[i];
         let leader = self.slots[i][0];
-        let others: Vec<(usize, i32)> = self.slots[i].iter().copied().zip(&p.threads).skip(1).map(|(s, t)| (s, t.tid)).collect();
+        let others: Vec<(usize, i32)> = self.slots[i]
+            .iter()
+            .copied()
+            .zip(&p.threads)
+            .skip(1)
+            .map(|(s, t)| (s, t.tid))
+            .collect();
         for group in others.chunks(500) {
             let mut b = Batch::new();
             for &(slot, tid) in group {
@@ -548,10 +608,17 @@ impl Rebuild {
                 let control = self.pilots.control(slot, ppid);
                 let set_tid = b.data(&tid.to_le_bytes());
                 let set_tid = self.pilots.address_of(leader, set_tid);
-                let args: Vec<u8> =
-                    [CLONE_THREAD_FLAGS, 0, 0, 0, 0, 0, 0, 0, set_tid, 1, 0].iter().flat_map(|v: &u64| v.to_le_bytes()).collect();
+                let args: Vec<u8> = [CLONE_THREAD_FLAGS, 0, 0, 0, 0, 0, 0, 0, set_tid, 1, 0]
+                    .iter()
+                    .flat_map(|v: &u64| v.to_le_bytes())
+                    .collect();
                 let args = b.data(&args);
-                b.call_eq(format!("create thread {tid}"), tid as i64, libc::SYS_clone3, &[args, 88, 0, 0, 0, control]);
+                b.call_eq(
+                    format!("create thread {tid}"),
+                    tid as i64,
+                    libc::SYS_clone3,
+                    &[args, 88, 0, 0, 0, control],
+                );
             }
             self.pilots.run(leader, &b)?;
         }
@@ -582,7 +649,11 @@ impl Rebuild {
         let dead = || stat::read(agent).map(|s| s.state == b'Z');
         while !dead().unwrap_or(true) {
             if Instant::now() > end {
-                return Err(PilotError::Silent { pid, ms: 5000, what: "end as the zombie it was".into() });
+                return Err(PilotError::Silent {
+                    pid,
+                    ms: 5000,
+                    what: "end as the zombie it was".into(),
+                });
             }
             std::thread::sleep(Duration::from_micros(20));
         }
@@ -678,7 +749,10 @@ fn unmap(pid: i32, range: (u64, u64)) -> io::Result<()> {
     }
     visit(pid, range, |regs| {
         let maps = maps::maps(pid)?;
-        let vdso = maps.iter().find(|m| m.name == b"[vdso]").ok_or_else(|| io::Error::other("no vdso"))?;
+        let vdso = maps
+            .iter()
+            .find(|m| m.name == b"[vdso]")
+            .ok_or_else(|| io::Error::other("no vdso"))?;
         let mem = Mem::open(pid)?;
         let base = crate::inject::stub_base(&mem, vdso.start, vdso.end)?.ok_or_else(|| io::Error::other("no room in the vdso"))?;
         let stub = inject_stub::build(base, &arch::restart_in_place(regs), range.0, range.1 - range.0, libc::SIGURG);
@@ -736,7 +810,11 @@ fn empty_tree() -> Tree {
             vdso_hash: String::new(),
             vdso_layout: [0; 3],
         },
-        clocks: crate::image::Clocks { monotonic_ns: 0, boottime_ns: 0, realtime_ns: 0 },
+        clocks: crate::image::Clocks {
+            monotonic_ns: 0,
+            boottime_ns: 0,
+            realtime_ns: 0,
+        },
         processes: Vec::new(),
         mms: Vec::new(),
         objects: Vec::new(),
@@ -744,4 +822,3 @@ fn empty_tree() -> Tree {
         pipes: Vec::new(),
     }
 }
-

@@ -37,7 +37,14 @@ impl Sink {
             .filter(|v| !v.shared && !matches!(v.backing, Backing::Special(_)))
             .map(|v| (v.start, v.end, v.prot & 2 != 0 && v.pkey == 0))
             .collect();
-        self.spaces.insert(space, Space { pid, mem: Mem::open(pid)?, ranges });
+        self.spaces.insert(
+            space,
+            Space {
+                pid,
+                mem: Mem::open(pid)?,
+                ranges,
+            },
+        );
         Ok(())
     }
 
@@ -48,7 +55,11 @@ impl Sink {
 
     /// Writes one frame; returns (pages with content, zero pages).
     pub fn write(&self, frame: &PageFrame) -> io::Result<(u64, u64)> {
-        let mut data = Cursor { chunks: &frame.data, chunk: 0, at: 0 };
+        let mut data = Cursor {
+            chunks: &frame.data,
+            chunk: 0,
+            at: 0,
+        };
         let (mut pages, mut zeros) = (0, 0);
         for run in &frame.runs {
             if run.zero {
@@ -68,7 +79,11 @@ impl Sink {
     fn check(&self, run: &Run) -> io::Result<()> {
         let end = run.start + run.pages as u64 * PAGE;
         if let Some((_, size)) = self.objects.get(&run.space) {
-            return if end <= size.next_multiple_of(PAGE) { Ok(()) } else { Err(outside(run)) };
+            return if end <= size.next_multiple_of(PAGE) {
+                Ok(())
+            } else {
+                Err(outside(run))
+            };
         }
         self.range(run).map(drop)
     }
@@ -110,7 +125,10 @@ impl Sink {
 fn outside(run: &Run) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
-        format!("a page run at {:#x} of {} pages in space {:#x} lies outside every mapping", run.start, run.pages, run.space),
+        format!(
+            "a page run at {:#x} of {} pages in space {:#x} lies outside every mapping",
+            run.start, run.pages, run.space
+        ),
     )
 }
 
@@ -124,7 +142,10 @@ impl<'a> Cursor<'a> {
     fn take(&mut self, mut len: usize) -> io::Result<Vec<&'a [u8]>> {
         let mut out = Vec::new();
         while len > 0 {
-            let c = self.chunks.get(self.chunk).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a page frame is shorter than its runs"))?;
+            let c = self
+                .chunks
+                .get(self.chunk)
+                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a page frame is shorter than its runs"))?;
             let n = len.min(c.len() - self.at);
             out.push(&c[self.at..self.at + n]);
             self.at += n;

@@ -77,7 +77,11 @@ pub fn process(p: &Process, tree: &Tree, zombies: usize) -> Batch {
         let ev = b.data(&ev);
         let out = b.data(&[0; 8]);
         let clock = t.map_or(libc::CLOCK_MONOTONIC, |t| t.clock);
-        b.call(format!("timer_create {id}"), libc::SYS_timer_create, &[clock as u32 as u64, ev, out]);
+        b.call(
+            format!("timer_create {id}"),
+            libc::SYS_timer_create,
+            &[clock as u32 as u64, ev, out],
+        );
     }
     for id in 0..next {
         if !p.timers.iter().any(|t| t.id == id) {
@@ -105,7 +109,9 @@ pub fn process(p: &Process, tree: &Tree, zombies: usize) -> Batch {
 }
 
 fn timespecs(ns: &[u64]) -> Vec<u8> {
-    ns.iter().flat_map(|n| [(n / 1_000_000_000).to_le_bytes(), (n % 1_000_000_000).to_le_bytes()].concat()).collect()
+    ns.iter()
+        .flat_map(|n| [(n / 1_000_000_000).to_le_bytes(), (n % 1_000_000_000).to_le_bytes()].concat())
+        .collect()
 }
 
 fn queueable(b: &mut Batch, info: &SigInfo) -> Option<(u64, u64)> {
@@ -167,7 +173,11 @@ pub fn thread(t: &Thread, p: &Process, last_cap: u32, bounding: u64, leader: boo
     b.call("personality", libc::SYS_personality, &[t.personality as u64]);
     for info in &t.pending {
         if let Some((signal, at)) = queueable(&mut b, info) {
-            b.call("queue a signal", libc::SYS_rt_tgsigqueueinfo, &[p.pid as u64, t.tid as u64, signal, at]);
+            b.call(
+                "queue a signal",
+                libc::SYS_rt_tgsigqueueinfo,
+                &[p.pid as u64, t.tid as u64, signal, at],
+            );
         }
     }
     if arch::xstate_bv(&t.xstate) & arch::XFEATURE_AMX != 0 {
@@ -197,7 +207,11 @@ fn creds(b: &mut Batch, t: &Thread, last_cap: u32, bounding: u64) {
     b.call("setgroups", libc::SYS_setgroups, &[c.groups.len() as u64, at]);
     b.call("set securebits", libc::SYS_prctl, &[PR_SET_SECUREBITS, SECBITS_WHILE]);
     for cap in (0..=last_cap as u64).filter(|cap| bounding & !c.caps[3] & 1 << cap != 0) {
-        b.call(format!("drop capability {cap} from the bounding set"), libc::SYS_prctl, &[PR_CAPBSET_DROP, cap]);
+        b.call(
+            format!("drop capability {cap} from the bounding set"),
+            libc::SYS_prctl,
+            &[PR_CAPBSET_DROP, cap],
+        );
     }
     let id = |v: u32| v as u64;
     b.call("setresgid", libc::SYS_setresgid, &[id(c.gids[0]), id(c.gids[1]), id(c.gids[2])]);

@@ -24,7 +24,11 @@ pub fn features() -> io::Result<u64> {
     let fd = super::check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
     // SAFETY: a fresh descriptor that nobody else owns.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    let mut api = Api { api: 0xaa, features: 0, ioctls: 0 };
+    let mut api = Api {
+        api: 0xaa,
+        features: 0,
+        ioctls: 0,
+    };
     // SAFETY: `api` outlives the call.
     super::check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) } as i64)?;
     Ok(api.features)
