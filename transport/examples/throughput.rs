@@ -81,7 +81,10 @@ async fn measure(mib: u64, rounds: u32) -> Result<(), Failure> {
     let random = Bytes::from(random);
     let text = Bytes::from(b"a page that compresses, about as well as memory does; ".repeat(FRAME / 54 + 1)).slice(..FRAME);
 
-    println!("{:>10} {:>10} {:>8} {:>10} {:>10}", "plain", "pages", "ratio", "1-page", "zstd text");
+    println!(
+        "{:>10} {:>10} {:>8} {:>10} {:>10}",
+        "plain", "pages", "ratio", "1-page", "zstd text"
+    );
     let mut ticket = Some(ticket);
     for _ in 0..rounds {
         let before = ceiling::measure_with(plain, bytes, 1, &tuning).await?;
@@ -92,12 +95,19 @@ async fn measure(mib: u64, rounds: u32) -> Result<(), Failure> {
         let size = link.datagram_size();
         link.close("measured").await;
         let plain = before.mb_per_s();
-        println!("{plain:>10.0} {framed:>10.0} {:>8.3} {cut:>10.0} {packed:>10.0}   datagrams {} {size}", framed / plain, before.datagram_size);
+        println!(
+            "{plain:>10.0} {framed:>10.0} {:>8.3} {cut:>10.0} {packed:>10.0}   datagrams {} {size}",
+            framed / plain,
+            before.datagram_size
+        );
     }
     let peak = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     for (name, pid) in [("sender", std::process::id()), ("receiver", server.id())] {
         let status = peak(pid);
-        println!("{name}: {}", status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or("VmHWM unknown"));
+        println!(
+            "{name}: {}",
+            status.lines().find(|line| line.starts_with("VmHWM")).unwrap_or("VmHWM unknown")
+        );
     }
     server.kill()?;
     server.wait()?;

@@ -67,7 +67,11 @@ async fn one_ticket_many_hands() {
     let mut tasks = tokio::task::JoinSet::new();
     for host in hosts {
         let (ticket, address) = (ticket.clone(), listener.local_addr().to_string());
-        tasks.spawn(async move { quic::connect(&address, &host.id, &host.store, Some(&ticket)).await.map(|link| (host, link)) });
+        tasks.spawn(async move {
+            quic::connect(&address, &host.id, &host.store, Some(&ticket))
+                .await
+                .map(|link| (host, link))
+        });
     }
     let mut refused = 0;
     let mut let_in = 0;
@@ -152,7 +156,10 @@ async fn a_stranger_gets_the_same_refusal_always() {
     let mut tuning = Tuning::default();
     tuning.versions = VersionRange { min: 7, max: 9 };
     let address = listener.local_addr().to_string();
-    let (there, here) = tokio::join!(quic::connect_with(&address, &source.id, &source.store, None, &tuning), listener.accept());
+    let (there, here) = tokio::join!(
+        quic::connect_with(&address, &source.id, &source.store, None, &tuning),
+        listener.accept()
+    );
     assert!(matches!(there.unwrap_err(), ConnectError::NotTrusted { .. }));
     assert!(matches!(here.unwrap_err(), AcceptError::Untrusted { .. }));
 }
@@ -240,7 +247,11 @@ async fn every_failure_to_reach_a_host_has_its_name() {
         let (address, id, store) = (address.to_owned(), host.id.clone(), host.store.clone());
         let mut tuning = Tuning::default();
         tuning.connect_timeout = Duration::from_millis(300);
-        async move { within(5, quic::connect_with(&address, &id, &store, None, &tuning)).await.unwrap_err() }
+        async move {
+            within(5, quic::connect_with(&address, &id, &store, None, &tuning))
+                .await
+                .unwrap_err()
+        }
     };
     for bad in ["", "host", "host:", "host:port", "host:70000", ":1", "a b:1", "::1:1"] {
         assert!(matches!(connect(bad).await, ConnectError::Address { .. }), "{bad}");
@@ -249,14 +260,20 @@ async fn every_failure_to_reach_a_host_has_its_name() {
 
     // A port that is free, and one where somebody listens who does not speak QUIC.
     let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    assert!(matches!(connect(&silent.local_addr().unwrap().to_string()).await, ConnectError::NoAnswer { .. }));
+    assert!(matches!(
+        connect(&silent.local_addr().unwrap().to_string()).await,
+        ConnectError::NoAnswer { .. }
+    ));
     let free = silent.local_addr().unwrap().to_string();
     drop(silent);
     assert!(matches!(connect(&free).await, ConnectError::Refused { .. }));
 
     // Something that speaks QUIC, and is no receiver.
     let other = migrate_transport::ceiling::serve(([127, 0, 0, 1], 0).into()).await.unwrap();
-    assert!(matches!(connect(&other.local_addr().to_string()).await, ConnectError::NotMigrate { .. }));
+    assert!(matches!(
+        connect(&other.local_addr().to_string()).await,
+        ConnectError::NotMigrate { .. }
+    ));
 }
 
 #[tokio::test]
@@ -288,7 +305,11 @@ async fn a_peer_that_dies_is_noticed() {
     let (source, destination) = (Host::new(), Host::new());
     source.trust(&destination);
     destination.trust(&source);
-    let doomed = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let doomed = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
     let (address_in, address_out) = tokio::sync::oneshot::channel();
     let doomed_tuning = tuning.clone();
     doomed.spawn(async move {
@@ -299,7 +320,9 @@ async fn a_peer_that_dies_is_noticed() {
         while let Ok(Some(_)) = pages.recv().await {}
     });
     let address = address_out.await.unwrap();
-    let mut link = quic::connect_with(&address, &source.id, &source.store, None, &tuning).await.unwrap();
+    let mut link = quic::connect_with(&address, &source.id, &source.store, None, &tuning)
+        .await
+        .unwrap();
     let mut sender = link.open_pages().await.unwrap();
     let page = bytes::Bytes::from(vec![7; 4096]);
     let run = Run::new(0, 0, 1, false).unwrap();
@@ -318,7 +341,11 @@ async fn a_peer_that_dies_is_noticed() {
     .await;
     assert!(matches!(error, LinkError::Closed { clean: false, .. }), "{error}");
     assert!(link.recv().await.is_err_and(|e| e.is_closed()));
-    assert!(begun.elapsed() < Duration::from_secs(5), "long before the idle time-out: {:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "long before the idle time-out: {:?}",
+        begun.elapsed()
+    );
 }
 
 #[tokio::test]
@@ -355,7 +382,11 @@ async fn control_passes_page_streams_nobody_reads() {
         }
     });
     tokio::time::sleep(Duration::from_millis(200)).await;
-    there.send(Section::new(1, 1, vec![5; 1 << 20])).await.unwrap();
-    assert_eq!(within(5, here.recv()).await.unwrap().payload.len(), 1 << 20);
+    let (sent, received) = within(5, async {
+        tokio::join!(there.send(Section::new(1, 1, vec![5; 1 << 20])), here.recv())
+    })
+    .await;
+    sent.unwrap();
+    assert_eq!(received.unwrap().payload.len(), 1 << 20);
     stuck.abort();
 }

@@ -59,10 +59,19 @@ fn a_frame_cut_anywhere_is_noticed() {
         for len in 0..whole.len() {
             match decode(&whole[..len], 1000) {
                 Ok(frames) => assert!(len == 0 && frames.is_empty()),
-                Err(error) => assert_eq!(error, FrameError::Truncated { what: "a page frame", have: len as u64 }),
+                Err(error) => assert_eq!(
+                    error,
+                    FrameError::Truncated {
+                        what: "a page frame",
+                        have: len as u64
+                    }
+                ),
             }
         }
-        assert_eq!(decode(&whole, 1).unwrap(), decode(&whole, 7).unwrap().iter().map(rechunk).collect::<Vec<_>>());
+        assert_eq!(
+            decode(&whole, 1).unwrap(),
+            decode(&whole, 7).unwrap().iter().map(rechunk).collect::<Vec<_>>()
+        );
     }
 }
 
@@ -73,7 +82,10 @@ fn rechunk(frame: &PageFrame) -> PageFrame {
     } else {
         frame.concat().into_iter().map(|byte| Bytes::copy_from_slice(&[byte])).collect()
     };
-    PageFrame { runs: frame.runs.clone(), data }
+    PageFrame {
+        runs: frame.runs.clone(),
+        data,
+    }
 }
 
 #[test]
@@ -113,12 +125,21 @@ fn lies_are_refused_by_name() {
     assert!(matches!(raw(&[(8, &huge), (12, &huge)]), FrameError::TooLong { .. }));
     assert!(matches!(raw(&[(8, &one_more), (12, &one_more)]), FrameError::TooLong { .. }));
     assert!(matches!(raw(&[(8, &huge)]), FrameError::Length { .. }));
-    assert!(matches!(raw(&[(8, &4096u32.to_le_bytes()), (12, &4096u32.to_le_bytes())]), FrameError::Length { .. }));
+    assert!(matches!(
+        raw(&[(8, &4096u32.to_le_bytes()), (12, &4096u32.to_le_bytes())]),
+        FrameError::Length { .. }
+    ));
     // The first run: terabytes of pages; no pages; past the end; between pages.
     assert!(matches!(raw(&[(20, &huge)]), FrameError::TooLong { .. }));
     assert!(matches!(raw(&[(20, &[0; 4])]), FrameError::EmptyRun { .. }));
-    assert!(matches!(raw(&[(24, &(u64::MAX - 4095).to_le_bytes())]), FrameError::BeyondAddressSpace { .. }));
-    assert!(matches!(raw(&[(24, &(MAX_ADDRESS - 4096).to_le_bytes())]), FrameError::BeyondAddressSpace { .. }));
+    assert!(matches!(
+        raw(&[(24, &(u64::MAX - 4095).to_le_bytes())]),
+        FrameError::BeyondAddressSpace { .. }
+    ));
+    assert!(matches!(
+        raw(&[(24, &(MAX_ADDRESS - 4096).to_le_bytes())]),
+        FrameError::BeyondAddressSpace { .. }
+    ));
     for low in [2u64, 8, 0x800, 0xffe] {
         assert!(matches!(raw(&[(24, &(0x7000 | low).to_le_bytes())]), FrameError::Misaligned { .. }));
     }
@@ -133,10 +154,18 @@ fn compressed_data_must_be_what_the_runs_say() {
     let zstd = |changes: &[(usize, &[u8])]| forged(Encoding::Zstd, changes);
     assert!(zstd(&[]).is_ok());
     assert!(matches!(zstd(&[(8, &[0; 4])]).unwrap_err(), FrameError::TooLong { .. }));
-    assert!(matches!(zstd(&[(8, &8192u32.to_le_bytes())]).unwrap_err(), FrameError::TooLong { .. }));
+    assert!(matches!(
+        zstd(&[(8, &8192u32.to_le_bytes())]).unwrap_err(),
+        FrameError::TooLong { .. }
+    ));
     // Fewer or more pages than the data holds: a bomb is the second.
     for (pages, raw) in [(1u32, 4096u32), (3, 12288)] {
-        let error = zstd(&[(20, &pages.to_le_bytes()), (12, &raw.to_le_bytes()), (40, &0x20001u64.to_le_bytes())]).unwrap_err();
+        let error = zstd(&[
+            (20, &pages.to_le_bytes()),
+            (12, &raw.to_le_bytes()),
+            (40, &0x20001u64.to_le_bytes()),
+        ])
+        .unwrap_err();
         assert!(matches!(error, FrameError::Zstd(_)), "{error}");
     }
     let good = sample(Encoding::Zstd);
@@ -165,7 +194,10 @@ fn runs_are_checked_when_they_are_made() {
     assert!(matches!(Run::new(0, 1, 1, false), Err(FrameError::Misaligned { .. })));
     assert!(matches!(Run::new(0, 0, 0, false), Err(FrameError::EmptyRun { .. })));
     assert!(matches!(Run::new(0, 0, MAX_RUN_PAGES + 1, true), Err(FrameError::TooLong { .. })));
-    assert!(matches!(Run::new(0, MAX_ADDRESS, 1, true), Err(FrameError::BeyondAddressSpace { .. })));
+    assert!(matches!(
+        Run::new(0, MAX_ADDRESS, 1, true),
+        Err(FrameError::BeyondAddressSpace { .. })
+    ));
     assert!(Run::new(0, MAX_ADDRESS - 4096, 1, true).is_ok());
     let run = Run::new(0, 0x1000, 3, false).unwrap();
     assert_eq!((run.end(), run.len(), run.data_len()), (0x4000, 12288, 12288));
@@ -193,8 +225,11 @@ fn raw_data_is_passed_through_without_a_copy() {
 
 fn hello() -> impl Strategy<Value = Hello> {
     let name = "[A-Za-z0-9._:-]{1,64}".prop_map(|text| PeerName::new(&text).unwrap());
-    (any::<(u16, u16)>(), name, proptest::option::of(any::<[u8; 32]>()))
-        .prop_map(|((min, max), name, proof)| Hello { versions: VersionRange { min, max }, name, proof })
+    (any::<(u16, u16)>(), name, proptest::option::of(any::<[u8; 32]>())).prop_map(|((min, max), name, proof)| Hello {
+        versions: VersionRange { min, max },
+        name,
+        proof,
+    })
 }
 
 proptest! {
@@ -223,7 +258,7 @@ proptest! {
         bytes[at] = byte;
         for frame in decode(&bytes, 4096).unwrap_or_default() {
             for run in &frame.runs {
-                prop_assert_eq!(Run::new(run.space, run.start, run.pages, run.zero).as_ref(), Ok(run));
+                prop_assert_eq!(Run::new(run.space, run.start, run.pages, run.zero), Ok(*run));
             }
             prop_assert_eq!(frame.data_len(), pages::check_runs(&frame.runs).unwrap());
         }

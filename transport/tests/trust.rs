@@ -33,7 +33,9 @@ fn an_identity_is_made_once_and_private() {
 fn two_first_uses_agree() {
     let dir = tempfile::tempdir().unwrap();
     let made: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| Identity::load_or_create(dir.path()).unwrap().fingerprint())).collect();
+        let threads: Vec<_> = (0..8)
+            .map(|_| scope.spawn(|| Identity::load_or_create(dir.path()).unwrap().fingerprint()))
+            .collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert!(made.iter().all(|fingerprint| *fingerprint == made[0]));
@@ -49,7 +51,11 @@ fn a_damaged_identity_is_named_and_kept() {
     Identity::load_or_create(other.path()).unwrap();
     let foreign = fs::read_to_string(other.path().join("identity.pem")).unwrap();
     let key = String::from_utf8(whole.clone()).unwrap();
-    let mixed = format!("{}{}", key.split("-----BEGIN CERT").next().unwrap(), &foreign[foreign.find("-----BEGIN CERT").unwrap()..]);
+    let mixed = format!(
+        "{}{}",
+        key.split("-----BEGIN CERT").next().unwrap(),
+        &foreign[foreign.find("-----BEGIN CERT").unwrap()..]
+    );
     for damaged in [&b""[..], b"hello", &whole[..whole.len() / 2], mixed.as_bytes()] {
         fs::write(&path, damaged).unwrap();
         match Identity::load_or_create(dir.path()).unwrap_err() {
@@ -115,8 +121,20 @@ fn peers_are_added_listed_and_removed() {
     store.add(print(0xab), &name("beta")).unwrap();
     store.add(print(0xac), &name("alpha")).unwrap();
     store.add(print(0x01), &name("alpha")).unwrap();
-    let names: Vec<_> = store.list().unwrap().into_iter().map(|peer| (peer.name.to_string(), peer.fingerprint)).collect();
-    assert_eq!(names, [("alpha".into(), print(0x01)), ("alpha".into(), print(0xac)), ("beta".into(), print(0xab))]);
+    let names: Vec<_> = store
+        .list()
+        .unwrap()
+        .into_iter()
+        .map(|peer| (peer.name.to_string(), peer.fingerprint))
+        .collect();
+    assert_eq!(
+        names,
+        [
+            ("alpha".into(), print(0x01)),
+            ("alpha".into(), print(0xac)),
+            ("beta".into(), print(0xab))
+        ]
+    );
     assert_eq!(mode(&dir.path().join("trusted")), 0o700);
     assert_eq!(mode(&dir.path().join("trusted").join(print(1).to_string())), 0o600);
 
@@ -126,7 +144,10 @@ fn peers_are_added_listed_and_removed() {
 
     assert!(matches!(store.remove("alpha"), Err(TrustError::Ambiguous { .. })));
     assert!(matches!(store.remove("nobody"), Err(TrustError::NoSuchPeer { .. })));
-    assert!(matches!(store.remove("ab"), Err(TrustError::NoSuchPeer { .. })), "a prefix is at least four digits");
+    assert!(
+        matches!(store.remove("ab"), Err(TrustError::NoSuchPeer { .. })),
+        "a prefix is at least four digits"
+    );
     assert_eq!(store.remove("ABAB").unwrap().fingerprint, print(0xab));
     assert_eq!(store.remove("0101").unwrap().fingerprint, print(0x01));
     assert_eq!(store.remove("alpha").unwrap().fingerprint, print(0xac));
