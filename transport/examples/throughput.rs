@@ -13,7 +13,7 @@ use bytes::Bytes;
 use migrate_transport::{
     Encoding, Link, PageReceiver, PageSender, Run, ceiling,
     quic::{self, Congestion, Listener, Tuning},
-    trust::{Identity, Tickets, TrustStore},
+    trust::{Identity, Ticket, Tickets, TrustStore},
 };
 
 type Failure = Box<dyn std::error::Error>;
@@ -67,7 +67,7 @@ async fn measure(mib: u64, rounds: u32) -> Result<(), Failure> {
     let mut server = Command::new(std::env::current_exe()?).arg("serve").stdout(Stdio::piped()).spawn()?;
     let mut lines = BufReader::new(server.stdout.take().ok_or("no output")?).lines();
     let mut line = || lines.next().ok_or("the server said nothing")?.map_err(Failure::from);
-    let (plain, pages, ticket) = (line()?.parse()?, line()?, line()?.parse()?);
+    let (plain, pages, ticket): (_, _, Ticket) = (line()?.parse()?, line()?, line()?.parse()?);
 
     let dir = tempdir()?;
     let (id, store, tuning) = (Identity::load_or_create(&dir)?, TrustStore::open(&dir)?, tuning()?);
@@ -85,11 +85,24 @@ async fn measure(mib: u64, rounds: u32) -> Result<(), Failure> {
         "{:>10} {:>10} {:>8} {:>10} {:>10}",
         "plain", "pages", "ratio", "1-page", "zstd text"
     );
-    let mut ticket = Some(ticket);
-    for _ in 0..rounds {
-        let before = ceiling::measure_with(plain, bytes, 1, &tuning).await?;
-        let mut link = quic::connect_with(&pages, &id, &store, ticket.take().as_ref(), &tuning).await?;
+    quic::connect_with(&pages, &id, &store, Some(&ticket), &tuning)
+        .await?
+        .close("enrolled")
+        .await;
+    ceiling::measure_with(plain, bytes / 4, 1, &tuning).await?; // warms the machine up
+    for round in 0..rounds {
+        // Who goes first alternates, so that a machine that speeds up or slows down favours nobody.
+        let plain_first = round % 2 == 0;
+        let mut before = None;
+        if plain_first {
+            before = Some(ceiling::measure_with(plain, bytes, 1, &tuning).await?);
+        }
+        let mut link = quic::connect_with(&pages, &id, &store, None, &tuning).await?;
         let framed = push(&mut link, bytes, Encoding::Raw, &random, FRAME).await?;
+        let before = match before {
+            Some(before) => before,
+            None => ceiling::measure_with(plain, bytes, 1, &tuning).await?,
+        };
         let cut = push(&mut link, bytes / 4, Encoding::Raw, &random, 4096).await?;
         let packed = push(&mut link, bytes / 4, Encoding::Zstd, &text, FRAME).await?;
         let size = link.datagram_size();

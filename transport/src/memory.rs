@@ -430,7 +430,7 @@ impl Link for MemoryLink {
 
     async fn recv(&mut self) -> Result<Section, LinkError> {
         loop {
-            if let Some(section) = self.decoder.next().map_err(|error| rule(&self.wire, self.side, error))? {
+            if let Some(section) = self.decoder.next_section().map_err(|error| rule(&self.wire, self.side, error))? {
                 return Ok(section);
             }
             match self.control_in.recv().await? {
@@ -524,7 +524,7 @@ impl PageReceiver for MemoryPageReceiver {
         loop {
             if let Some(frame) = self
                 .decoder
-                .next()
+                .next_frame()
                 .map_err(|error| rule(&self.input.wire, self.input.side, error))?
             {
                 return Ok(Some(frame));

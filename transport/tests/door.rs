@@ -390,3 +390,32 @@ async fn control_passes_page_streams_nobody_reads() {
     assert_eq!(received.unwrap().payload.len(), 1 << 20);
     stuck.abort();
 }
+
+#[tokio::test]
+async fn a_receiver_that_was_restarted_says_so_at_once() {
+    let (source, destination) = (Host::new(), Host::new());
+    source.trust(&destination);
+    destination.trust(&source);
+    let doomed = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (id, store, tickets) = (destination.id.clone(), destination.store.clone(), destination.tickets.clone());
+    let (address_in, address_out) = tokio::sync::oneshot::channel();
+    doomed.spawn(async move {
+        let listener = Listener::bind(([127, 0, 0, 1], 0).into(), &id, store, tickets).await.unwrap();
+        address_in.send(listener.local_addr()).unwrap();
+        let _link = listener.accept().await.unwrap();
+        std::future::pending::<()>().await;
+    });
+    let address = address_out.await.unwrap();
+    let mut link = quic::connect(&address.to_string(), &source.id, &source.store, None).await.unwrap();
+    doomed.shutdown_background();
+    let _again = rebind(&destination, address).await;
+    let begun = Instant::now();
+    link.send(Section::new(1, 1, vec![1; 5000])).await.unwrap();
+    let error = within(10, link.recv()).await.unwrap_err();
+    assert!(matches!(error, LinkError::Closed { clean: false, .. }), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(8), "long before the idle time-out");
+}

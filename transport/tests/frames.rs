@@ -27,7 +27,7 @@ fn decode(bytes: &[u8], piece: usize) -> Result<Vec<PageFrame>, FrameError> {
     let mut frames = Vec::new();
     for piece in bytes.chunks(piece) {
         decoder.push(Bytes::copy_from_slice(piece));
-        while let Some(frame) = decoder.next()? {
+        while let Some(frame) = decoder.next_frame()? {
             frames.push(frame);
         }
     }
@@ -95,10 +95,10 @@ fn a_section_cut_anywhere_is_noticed() {
     for len in 0..whole.len() {
         let mut decoder = SectionDecoder::default();
         decoder.push(Bytes::copy_from_slice(&whole[..len]));
-        assert_eq!(decoder.next().unwrap(), None);
+        assert_eq!(decoder.next_section().unwrap(), None);
         assert_eq!(decoder.end().is_ok(), len == 0);
         decoder.push(Bytes::copy_from_slice(&whole[len..]));
-        assert_eq!(decoder.next().unwrap().as_ref(), Some(&sent));
+        assert_eq!(decoder.next_section().unwrap().as_ref(), Some(&sent));
         assert!(decoder.end().is_ok());
     }
 }
@@ -178,7 +178,7 @@ fn compressed_data_must_be_what_the_runs_say() {
     assert!(matches!(with(&[data, &[0]].concat()), Err(FrameError::Zstd(_))));
     assert!(matches!(with(&[data, data].concat()), Err(FrameError::Zstd(_))));
     assert!(matches!(with(&data[..data.len() - 1]), Err(FrameError::Zstd(_))));
-    assert!(matches!(with(&vec![0; 100]), Err(FrameError::Zstd(_))));
+    assert!(matches!(with(&[0; 100]), Err(FrameError::Zstd(_))));
     assert!(with(data).is_ok());
 }
 
@@ -186,7 +186,7 @@ fn compressed_data_must_be_what_the_runs_say() {
 fn a_claimed_section_is_not_allocated() {
     let mut decoder = SectionDecoder::default();
     decoder.push(Bytes::copy_from_slice(&[0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]));
-    assert!(matches!(decoder.next(), Err(FrameError::TooLong { limit, .. }) if limit == MAX_SECTION as u64));
+    assert!(matches!(decoder.next_section(), Err(FrameError::TooLong { limit, .. }) if limit == MAX_SECTION as u64));
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn raw_data_is_passed_through_without_a_copy() {
     assert_eq!(sent[1].as_ptr(), page.as_ptr());
     let mut decoder = PageDecoder::default();
     sent.into_iter().for_each(|chunk| decoder.push(chunk));
-    assert_eq!(decoder.next().unwrap().unwrap().data[0].as_ptr(), page.as_ptr());
+    assert_eq!(decoder.next_frame().unwrap().unwrap().data[0].as_ptr(), page.as_ptr());
 }
 
 fn hello() -> impl Strategy<Value = Hello> {
@@ -270,7 +270,7 @@ proptest! {
         let _ = decode(&[b"MPG1", &noise[..]].concat(), piece);
         let mut sections = SectionDecoder::default();
         sections.push(noise.clone().into());
-        while let Ok(Some(_)) = sections.next() {}
+        while let Ok(Some(_)) = sections.next_section() {}
         let _ = codec::decode::<Vec<(u64, String)>>(&noise);
     }
 
