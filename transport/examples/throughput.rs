@@ -90,6 +90,7 @@ async fn measure(mib: u64, rounds: u32) -> Result<(), Failure> {
         .close("enrolled")
         .await;
     ceiling::measure_with(plain, bytes / 4, 1, &tuning).await?; // warms the machine up
+    let (mut plains, mut framings) = (Vec::new(), Vec::new());
     for round in 0..rounds {
         // Who goes first alternates, so that a machine that speeds up or slows down favours nobody.
         let plain_first = round % 2 == 0;
@@ -108,12 +109,20 @@ async fn measure(mib: u64, rounds: u32) -> Result<(), Failure> {
         let size = link.datagram_size();
         link.close("measured").await;
         let plain = before.mb_per_s();
+        plains.push(plain);
+        framings.push(framed);
         println!(
             "{plain:>10.0} {framed:>10.0} {:>8.3} {cut:>10.0} {packed:>10.0}   datagrams {} {size}",
             framed / plain,
             before.datagram_size
         );
     }
+    let median = |values: &mut Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or_default()
+    };
+    let (plain, framed) = (median(&mut plains), median(&mut framings));
+    println!("{plain:>10.0} {framed:>10.0} {:>8.3}   medians", framed / plain);
     let peak = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     for (name, pid) in [("sender", std::process::id()), ("receiver", server.id())] {
         let status = peak(pid);

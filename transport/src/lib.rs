@@ -34,16 +34,36 @@
 //!
 //! | when | what | the sender sees | the receiver logs |
 //! |---|---|---|---|
-//! | before TLS | no such name, closed port, silence | [`Resolve`](ConnectError::Resolve), [`Refused`](ConnectError::Refused), [`NoAnswer`](ConnectError::NoAnswer) | nothing |
-//! | TLS | another protocol | [`NotMigrate`](ConnectError::NotMigrate) | [`Handshake`](AcceptError::Handshake) |
-//! | TLS | not the pinned key | [`WrongHost`](ConnectError::WrongHost), [`Changed`](ConnectError::Changed), [`Unknown`](ConnectError::Unknown) | [`Handshake`](AcceptError::Handshake) |
-//! | hello | unknown, no ticket | [`NotTrusted`](ConnectError::NotTrusted) | [`Untrusted`](AcceptError::Untrusted) |
-//! | hello | unknown, wrong secret, or too many of those | [`TicketNotAccepted`](ConnectError::TicketNotAccepted) | [`WrongTicket`](AcceptError::WrongTicket), [`TooManyAttempts`](AcceptError::TooManyAttempts) |
-//! | hello | unknown, right secret, too late | [`TicketUsed`](ConnectError::TicketUsed), [`TicketExpired`](ConnectError::TicketExpired) | the same |
-//! | hello | known, another version | [`LinkError::Version`] with both | [`Version`](AcceptError::Version) |
-//! | hello | silence | [`LinkError::Closed`] | [`Stalled`](AcceptError::Stalled) |
+//! | before TLS | no such name, closed port, silence | [`Resolve`], [`Refused`], [`NoAnswer`] | nothing |
+//! | TLS | another protocol | [`NotMigrate`] | [`Handshake`] |
+//! | TLS | not the pinned key | [`WrongHost`], [`Changed`], [`Unknown`] | [`Handshake`] |
+//! | hello | unknown, no ticket | [`NotTrusted`] | [`Untrusted`] |
+//! | hello | unknown, wrong secret, or too many of those | [`TicketNotAccepted`] | [`WrongTicket`], [`TooManyAttempts`] |
+//! | hello | unknown, right secret, too late | [`TicketUsed`], [`TicketExpired`] | the same |
+//! | hello | known, another version | [`LinkError::Version`] with both | [`Version`] |
+//! | hello | silence | [`LinkError::Closed`] | [`Stalled`] |
 //! | later | a rule is broken | [`LinkError::Rule`] here, the rule's name as the reason there | |
-//! | later | the peer's agent dies | [`LinkError::Closed`], not `clean`: within seconds if its host says that the port is closed, or the agent was started again, else after 30 s | the same |
+//! | later | the peer's agent dies | [`LinkError::Closed`], not `clean` | the same |
+//!
+//! A dead agent is noticed within seconds if its host says that the port is closed, or if the agent was started again; else after 30 s.
+//!
+//! [`Resolve`]: ConnectError::Resolve
+//! [`Refused`]: ConnectError::Refused
+//! [`NoAnswer`]: ConnectError::NoAnswer
+//! [`NotMigrate`]: ConnectError::NotMigrate
+//! [`WrongHost`]: ConnectError::WrongHost
+//! [`Changed`]: ConnectError::Changed
+//! [`Unknown`]: ConnectError::Unknown
+//! [`NotTrusted`]: ConnectError::NotTrusted
+//! [`TicketNotAccepted`]: ConnectError::TicketNotAccepted
+//! [`TicketUsed`]: ConnectError::TicketUsed
+//! [`TicketExpired`]: ConnectError::TicketExpired
+//! [`Handshake`]: AcceptError::Handshake
+//! [`Untrusted`]: AcceptError::Untrusted
+//! [`WrongTicket`]: AcceptError::WrongTicket
+//! [`TooManyAttempts`]: AcceptError::TooManyAttempts
+//! [`Version`]: AcceptError::Version
+//! [`Stalled`]: AcceptError::Stalled
 //!
 //! A stranger without the secret of a ticket gets one answer, whatever it does: not accepted, every other byte zero. Whether it is the key,
 //! the secret, the version or the number of attempts, it does not learn; the receiver's log says. Who does hold the secret of a ticket is
