@@ -1,4 +1,18 @@
 //! Endpoints and their parameters.
+//!
+//! Measured on loopback, two processes on two busy cores, plain quinn on one stream, in 10⁶ bytes a second (`--example throughput`; the
+//! machine was shared, so only large differences mean anything):
+//!
+//! | largest datagram | 1,452 | 5,000 | 8,952 | 16,000 | 32,000 | 65,000 |
+//! |---|---|---|---|---|---|---|
+//! | | 500-730 | 680-910 | 1,100-1,850 | 1,600-2,000 | 600-1,830 | 850-1,430 |
+//!
+//! - The size of a datagram matters most, so the path is probed up to what its route allows, at most 16,000: four of those fill a
+//!   segmentation offload, and nothing was gained beyond. Sizes over 6,500 only work with the cap on batches in `socket.rs`.
+//! - BBR was no better than CUBIC here (870 against 1,400), and quinn calls it experimental. It is there for paths that lose packets.
+//! - A larger first window (256 KiB) saves a few round trips at the start of each round; it is what a receive buffer takes in any case.
+//! - Fewer acknowledgements (one in 32 packets, or after 5 ms) leave the cores to the data. Not measured by itself.
+//! - Peak resident memory while page streams ran at full speed: 19 MB sending, 55 MB receiving.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
