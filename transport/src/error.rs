@@ -43,9 +43,7 @@ pub enum LinkError {
         peer: String,
     },
     /// The two sides know no protocol version in common.
-    #[error(
-        "protocol versions do not meet: this side speaks {ours}, the peer speaks {theirs}; install the same release of migrate on both hosts"
-    )]
+    #[error("this side speaks protocol {ours}, the peer speaks {theirs}: install the same release of migrate on both hosts")]
     Version {
         /// The versions of this side.
         ours: VersionRange,
@@ -113,7 +111,10 @@ pub enum ConnectError {
         addr: SocketAddr,
     },
     /// No answer at all.
-    #[error("no answer from {addr} within {waited:.1?}: is `migrate receive` running there, and does a firewall let UDP port {} through?", addr.port())]
+    #[error(
+        "no answer from {addr} within {waited:.1?}: is `migrate receive` running there, and does a firewall let UDP port {} through?",
+        addr.port()
+    )]
     NoAnswer {
         /// The address tried.
         addr: SocketAddr,
@@ -143,9 +144,7 @@ pub enum ConnectError {
         seen: Fingerprint,
     },
     /// The receiver is not in the trust store, and no ticket was given.
-    #[error(
-        "{host} is not trusted yet (its fingerprint is {seen}): run `migrate receive` there and pass the ticket that it prints with --ticket"
-    )]
+    #[error("{host} is not trusted yet (its fingerprint is {seen}): run `migrate receive` there and pass its ticket with --ticket")]
     Unknown {
         /// The address as given.
         host: String,
@@ -172,7 +171,7 @@ pub enum ConnectError {
     },
     /// The receiver does not know the ticket's secret.
     #[error(
-        "{host} did not accept the ticket: it is mistyped, or from another run of `migrate receive`; or too many attempts, wait a minute"
+        "{host} did not accept the ticket: it is from another run of `migrate receive`; or there were too many attempts, wait a minute"
     )]
     TicketNotAccepted {
         /// The address as given.

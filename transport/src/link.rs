@@ -49,7 +49,7 @@ pub struct Run {
 impl Run {
     /// A validated run: page aligned, not empty, below [`MAX_ADDRESS`], at most [`MAX_RUN_PAGES`] long.
     pub fn new(space: u32, start: u64, pages: u32, zero: bool) -> Result<Self, FrameError> {
-        if start % PAGE_SIZE as u64 != 0 {
+        if !start.is_multiple_of(PAGE_SIZE as u64) {
             return Err(FrameError::Misaligned { start });
         }
         if pages == 0 {

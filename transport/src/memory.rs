@@ -4,6 +4,8 @@
 //! time at all, and a migration over a slow continent is tested in milliseconds. The [`Wire`] between the ends can be cut, at once or after
 //! a given number of bytes; each end then learns of it by its time-out, as it would in the world.
 
+mod stream;
+
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -14,10 +16,11 @@ use std::{
 
 use bytes::Bytes;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     time::{Instant, sleep_until},
 };
 
+use self::stream::{Arrival, Receiving, Sending, stream};
 use crate::{
     error::LinkError,
     frame::{FrameError, PageDecoder, PageEncoder, SectionDecoder, section},
@@ -66,7 +69,7 @@ pub fn pair(config: Config) -> (MemoryLink, MemoryLink, Wire) {
         ends,
     }));
     let [a, b] = [0, 1].map(|side| {
-        let (control, control_in) = wire.stream(side);
+        let (control, control_in) = stream(&wire, side);
         (control, control_in, mpsc::unbounded_channel())
     });
     let end = |side: usize, control_out, control_in, streams_out, streams_in| {
@@ -113,15 +116,6 @@ struct State {
     cut_at: Option<Instant>,
     cut_after: Option<u64>,
     total: u64,
-}
-
-#[derive(Debug)]
-struct Packet {
-    bytes: Bytes,
-    /// When it arrives; `None` if the wire was cut before it left.
-    due: Option<Instant>,
-    fin: bool,
-    _window: Option<OwnedSemaphorePermit>,
 }
 
 fn gone(reason: &str, clean: bool) -> LinkError {
@@ -242,152 +236,6 @@ impl Wire {
             _ => Ok(()),
         }
     }
-
-    fn stream(&self, side: usize) -> (Sending, Receiving) {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let window = self.lock().config.window.clamp(1, u32::MAX as usize);
-        let sending = Sending {
-            wire: self.clone(),
-            side,
-            sender,
-            window,
-            permits: Arc::new(Semaphore::new(window)),
-            last_due: None,
-        };
-        (
-            sending,
-            Receiving {
-                wire: self.clone(),
-                side: 1 - side,
-                receiver,
-                head: None,
-            },
-        )
-    }
-}
-
-/// One direction of one stream, as bytes.
-#[derive(Debug)]
-struct Sending {
-    wire: Wire,
-    side: usize,
-    sender: mpsc::UnboundedSender<Packet>,
-    window: usize,
-    permits: Arc<Semaphore>,
-    last_due: Option<Instant>,
-}
-
-#[derive(Debug)]
-struct Receiving {
-    wire: Wire,
-    side: usize,
-    receiver: mpsc::UnboundedReceiver<Packet>,
-    /// Under way; kept here so that a dropped `recv` does not lose it.
-    head: Option<Packet>,
-}
-
-/// What a stream yields.
-enum Arrival {
-    Bytes(Bytes),
-    End,
-    Abandoned,
-}
-
-impl Sending {
-    fn abandoned(&self) -> LinkError {
-        self.wire.check(self.side).err().unwrap_or_else(|| LinkError::Abandoned {
-            peer: "the other end".into(),
-        })
-    }
-
-    /// All of the chunks, as one piece of time.
-    async fn send(&mut self, chunks: Vec<Bytes>) -> Result<(), LinkError> {
-        self.wire.check(self.side)?;
-        let total: usize = chunks.iter().map(Bytes::len).sum();
-        let wanted = total.min(self.window) as u32; // the window fits into 32 bits
-        let window = tokio::select! {
-            permit = self.permits.clone().acquire_many_owned(wanted) => permit.ok(),
-            error = self.wire.over(self.side) => return Err(error),
-        };
-        let due = self.wire.transmit(self.side, total);
-        self.last_due = due;
-        let mut window = window;
-        let last = chunks.len().saturating_sub(1);
-        for (i, bytes) in chunks.into_iter().enumerate() {
-            let packet = Packet {
-                bytes,
-                due,
-                fin: false,
-                _window: if i == last { window.take() } else { None },
-            };
-            self.sender.send(packet).map_err(|_| self.abandoned())?;
-        }
-        Ok(())
-    }
-
-    /// Ends the stream, and waits for the acknowledgement's way back.
-    async fn finish(self) -> Result<(), LinkError> {
-        self.wire.check(self.side)?;
-        let due = self.wire.transmit(self.side, 0);
-        self.sender
-            .send(Packet {
-                bytes: Bytes::new(),
-                due,
-                fin: true,
-                _window: None,
-            })
-            .map_err(|_| self.abandoned())?;
-        match due {
-            Some(due) => {
-                let back = due + self.wire.lock().config.delay;
-                tokio::select! {
-                    () = sleep_until(back) => self.wire.check(self.side),
-                    error = self.wire.over(self.side) => Err(error),
-                }
-            }
-            None => Err(self.wire.over(self.side).await),
-        }
-    }
-}
-
-impl Receiving {
-    async fn recv(&mut self) -> Result<Arrival, LinkError> {
-        if self.head.is_none() {
-            tokio::select! {
-                biased;
-                packet = self.receiver.recv() => match packet {
-                    Some(packet) => self.head = Some(packet),
-                    None => {
-                        // Dropped by its sender. If that was the end of the link, say so instead.
-                        self.wire.check(self.side)?;
-                        return Ok(Arrival::Abandoned);
-                    }
-                },
-                error = self.wire.over(self.side) => return Err(error),
-            }
-        }
-        let due = self.head.as_ref().and_then(|packet| packet.due);
-        let cut_at = self.wire.lock().cut_at;
-        match due {
-            Some(due) if cut_at.is_none_or(|cut| due <= cut) => {
-                tokio::select! {
-                    biased;
-                    () = sleep_until(due) => {}
-                    error = self.wire.over(self.side) => return Err(error),
-                }
-                // It may have been cut while this packet was on its way.
-                if self.wire.lock().cut_at.is_some_and(|cut| due > cut) {
-                    return Err(self.wire.over(self.side).await);
-                }
-            }
-            _ => return Err(self.wire.over(self.side).await),
-        }
-        match self.head.take() {
-            Some(packet) if packet.fin => Ok(Arrival::End),
-            Some(packet) => Ok(Arrival::Bytes(packet.bytes)),
-            None => Ok(Arrival::Abandoned), // unreachable: the head was filled above
-        }
-    }
 }
 
 /// One end of the wire.
@@ -430,7 +278,7 @@ impl Link for MemoryLink {
 
     async fn recv(&mut self) -> Result<Section, LinkError> {
         loop {
-            if let Some(section) = self.decoder.next().map_err(|error| rule(&self.wire, self.side, error))? {
+            if let Some(section) = self.decoder.next_section().map_err(|error| rule(&self.wire, self.side, error))? {
                 return Ok(section);
             }
             match self.control_in.recv().await? {
@@ -443,7 +291,7 @@ impl Link for MemoryLink {
 
     async fn open_pages(&mut self) -> Result<MemoryPageSender, LinkError> {
         self.wire.check(self.side)?;
-        let (out, receiving) = self.wire.stream(self.side);
+        let (out, receiving) = stream(&self.wire, self.side);
         Ok(MemoryPageSender {
             out,
             announce: Some((self.streams_out.clone(), receiving)),
@@ -524,7 +372,7 @@ impl PageReceiver for MemoryPageReceiver {
         loop {
             if let Some(frame) = self
                 .decoder
-                .next()
+                .next_frame()
                 .map_err(|error| rule(&self.input.wire, self.input.side, error))?
             {
                 return Ok(Some(frame));

@@ -72,7 +72,7 @@ impl Default for Tuning {
             stream_window: 16 << 20,
             send_window: 16 << 20,
             congestion: Congestion::Cubic,
-            max_datagram: 8952,
+            max_datagram: 16_000,
             versions: VERSIONS,
         }
     }

@@ -325,7 +325,7 @@ impl PageDecoder {
     }
 
     /// The next complete frame, if it is there. Raw data is handed out as slices of what was pushed.
-    pub fn next(&mut self) -> Result<Option<PageFrame>, FrameError> {
+    pub fn next_frame(&mut self) -> Result<Option<PageFrame>, FrameError> {
         loop {
             match &mut self.state {
                 State::Header => {

@@ -52,7 +52,7 @@ impl SectionDecoder {
     }
 
     /// The next complete section, if it is there.
-    pub fn next(&mut self) -> Result<Option<Section>, FrameError> {
+    pub fn next_section(&mut self) -> Result<Option<Section>, FrameError> {
         let (kind, version, len) = match self.pending {
             Some(head) => head,
             None => {

@@ -1,4 +1,21 @@
 //! Endpoints and their parameters.
+//!
+//! Measured on loopback with `--example throughput`: two processes on two cores that other builds were using too, plain quinn on one stream,
+//! in 10⁶ bytes a second, every round counted. The spread is the machine's load; read the table for its trend only.
+//!
+//! | largest datagram | 1,452-1,472 | 5,000 | 8,952 | 16,000 | 32,000 | 65,000 |
+//! |---|---|---|---|---|---|---|
+//! | rounds | 4 | 2 | 17 | 17 | 2 | 2 |
+//! | slowest to fastest | 497-734 | 683-912 | 369-2,131 | 599-2,122 | 634-1,834 | 846-1,435 |
+//! | median of a run of 11 | | | 1,120 | 1,734 | | |
+//!
+//! - The size of a datagram matters most, so the path is probed up to what its route allows, at most 16,000: four of those fill a
+//!   segmentation offload. Whether 32,000 is better still was not settled; only loopback would have it. Sizes over 6,500 only work with the
+//!   cap on batches in `socket.rs`.
+//! - BBR: 859 and 886, with CUBIC at 977 to 1,714 just before. quinn calls it experimental. It is there for paths that lose packets.
+//! - Not measured by themselves: the larger first window (256 KiB, to save round trips at the start), and fewer acknowledgements (one in 32
+//!   packets, or after 5 ms, to leave the cores to the data).
+//! - Peak resident memory while page streams ran at full speed: 19 MB sending, 55 MB receiving.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 

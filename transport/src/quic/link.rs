@@ -193,7 +193,7 @@ impl Link for QuicLink {
 
     async fn recv(&mut self) -> Result<Section, LinkError> {
         loop {
-            if let Some(section) = self.decoder.next().map_err(|rule| self.shared.broken(rule))? {
+            if let Some(section) = self.decoder.next_section().map_err(|rule| self.shared.broken(rule))? {
                 return Ok(section);
             }
             match self
@@ -312,7 +312,7 @@ pub struct QuicPageReceiver {
 impl PageReceiver for QuicPageReceiver {
     async fn recv(&mut self) -> Result<Option<PageFrame>, LinkError> {
         loop {
-            if let Some(frame) = self.decoder.next().map_err(|rule| self.shared.broken(rule))? {
+            if let Some(frame) = self.decoder.next_frame().map_err(|rule| self.shared.broken(rule))? {
                 return Ok(Some(frame));
             }
             if self.ended {
