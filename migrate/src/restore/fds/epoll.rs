@@ -75,14 +75,18 @@ fn fill(descriptions: &[Description], built: &Built, wanted: &[(usize, &[EpollEn
             let missing = || io::Error::other("description is missing");
             let fd = built.fds.get(i).and_then(Option::as_ref).ok_or_else(missing);
             let fd = fd.tried(|| format!("description {i}")).map_err(whole)?;
-            let copy = fcntl_dupfd_cloexec(fd, highest + 1).tried(|| "fcntl F_DUPFD_CLOEXEC".into()).map_err(whole)?;
+            let copy = fcntl_dupfd_cloexec(fd, highest + 1)
+                .tried(|| "fcntl F_DUPFD_CLOEXEC".into())
+                .map_err(whole)?;
             above.insert(i, ManuallyDrop::new(copy));
         }
     }
     for &(i, entries) in wanted {
         for entry in entries {
             let place = || format!("epoll description {i}, entry of fd {}", entry.fd);
-            let (Some(instance), Some(target)) = (above.get(&i), above.get(&(entry.description as usize))) else { continue };
+            let (Some(instance), Some(target)) = (above.get(&i), above.get(&(entry.description as usize))) else {
+                continue;
+            };
             let stdio = matches!(descriptions.get(entry.description as usize), Some(d) if matches!(d.kind, Kind::Stdio { .. }));
             match add(instance.as_fd(), target.as_fd(), entry) {
                 Err(e) if stdio && e.raw_os_error() == Some(libc::EPERM) => {}

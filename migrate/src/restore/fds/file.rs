@@ -73,7 +73,11 @@ fn compare(expected: &FileId, stat: &Stat, usage: FileUse) -> Result<(), String>
         FileUse::Read => match &expected.build_id {
             Some(id) if build_id(as_path(&expected.path)).as_ref() == Some(id) => None,
             Some(_) => Some("has another build-id here: it was built from other sources or in another way".to_owned()),
-            None => Some(format!("was modified at {} here and at {} there", seconds(mtime), seconds(expected.mtime_ns))),
+            None => Some(format!(
+                "was modified at {} here and at {} there",
+                seconds(mtime),
+                seconds(expected.mtime_ns)
+            )),
         },
         FileUse::Write { frozen: true } if size != expected.size => Some(format!(
             "is written by the tree, and has {size} bytes here and {} there: it is not on storage both hosts share",

@@ -136,7 +136,10 @@ pub fn preflight(input: Input<'_>, blockers: &mut Vec<Blocker>) {
             Kind::File { file, .. } => {
                 let usage = file::usage(d, file, &written, false);
                 if let Err(reason) = same_file(file, usage) {
-                    refuse(reason, "copy the file to this host with its times (rsync -a), or keep it on shared storage");
+                    refuse(
+                        reason,
+                        "copy the file to this host with its times (rsync -a), or keep it on shared storage",
+                    );
                 }
             }
             Kind::Device { file } => {
@@ -179,14 +182,22 @@ pub fn preflight(input: Input<'_>, blockers: &mut Vec<Blocker>) {
     }
     for (i, o) in input.objects.iter().enumerate() {
         if let Err(reason) = objects::check(o) {
-            blockers.push(Blocker::new(format!("object {i}"), reason, "create the directory the removed file was in"));
+            blockers.push(Blocker::new(
+                format!("object {i}"),
+                reason,
+                "create the directory the removed file was in",
+            ));
         }
     }
     let needed = (input.descriptions.len() + input.objects.len()) as u64 + 256;
     let limit = raise_limit();
     if limit < needed {
         let reason = format!("{needed} descriptors are needed and this agent may open {limit}");
-        blockers.push(Blocker::new("agent", reason, "start it with a higher limit (ulimit -Hn, LimitNOFILE=)"));
+        blockers.push(Blocker::new(
+            "agent",
+            reason,
+            "start it with a higher limit (ulimit -Hn, LimitNOFILE=)",
+        ));
     }
 }
 

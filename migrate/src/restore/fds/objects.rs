@@ -6,7 +6,9 @@ use crate::{
     image::{Description, Object, ObjectKind},
     sys::fdcalls,
 };
-use rustix::fs::{CWD, Gid, MemfdFlags, Mode, OFlags, SealFlags, SeekFrom, Uid, fchmod, fchown, ftruncate, memfd_create, openat, seek, unlinkat};
+use rustix::fs::{
+    CWD, Gid, MemfdFlags, Mode, OFlags, SealFlags, SeekFrom, Uid, fchmod, fchown, ftruncate, memfd_create, openat, seek, unlinkat,
+};
 use std::{
     io,
     os::fd::{AsRawFd, OwnedFd},
@@ -15,9 +17,10 @@ use std::{
 /// Whether an object can be made here.
 pub(super) fn check(object: &Object) -> Result<(), String> {
     match &object.kind {
-        ObjectKind::Unlinked { dir } if !as_path(dir).is_dir() => {
-            Err(format!("{} is missing on this host, where the tree keeps a removed file", String::from_utf8_lossy(dir)))
-        }
+        ObjectKind::Unlinked { dir } if !as_path(dir).is_dir() => Err(format!(
+            "{} is missing on this host, where the tree keeps a removed file",
+            String::from_utf8_lossy(dir)
+        )),
         _ => Ok(()),
     }
 }
@@ -35,9 +38,7 @@ fn create(object: &Object) -> Result<OwnedFd, Failed> {
     let fd = match &object.kind {
         // No owner or mode shows on it, and its size is that of the mapping.
         ObjectKind::SharedAnonymous => return fdcalls::shared_anonymous(object.size).tried(|| "mmap MAP_SHARED".into()),
-        ObjectKind::Memfd(name) => {
-            memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).tried(|| "memfd_create".into())?
-        }
+        ObjectKind::Memfd(name) => memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).tried(|| "memfd_create".into())?,
         ObjectKind::Unlinked { dir } => unlinked(dir).tried(|| format!("create a file in {}", String::from_utf8_lossy(dir)))?,
     };
     let (uid, gid, mode) = object.owner;
@@ -57,7 +58,12 @@ fn unlinked(dir: &[u8]) -> io::Result<OwnedFd> {
     let dir = openat(CWD, dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     for n in 0..1000 {
         let name = format!(".migrate-{}-{n}", std::process::id());
-        match openat(&dir, &name, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC, owner_only) {
+        match openat(
+            &dir,
+            &name,
+            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC,
+            owner_only,
+        ) {
             Ok(fd) => {
                 unlinkat(&dir, &name, rustix::fs::AtFlags::empty())?;
                 return Ok(fd);
@@ -86,7 +92,9 @@ pub fn seal_objects(objects: &[Object], fds: &[OwnedFd]) -> Result<(), RestoreEr
 
 /// A description of its own of an object.
 pub(super) fn build(d: &Description, object: Option<&OwnedFd>, pos: u64) -> Result<OwnedFd, Failed> {
-    let object = object.ok_or_else(|| io::Error::other("no such object")).tried(|| "open an object".into())?;
+    let object = object
+        .ok_or_else(|| io::Error::other("no such object"))
+        .tried(|| "open an object".into())?;
     let path = format!("/proc/self/fd/{}", object.as_raw_fd());
     // O_NOFOLLOW would refuse the link in /proc.
     let flags = file::open_flags(d.flags) & !OFlags::NOFOLLOW;

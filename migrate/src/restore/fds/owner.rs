@@ -24,7 +24,9 @@ pub fn set_owners(descriptions: &[Description], built: &Built, pid_of: impl Fn(i
 
 fn set(d: &Description, fd: &OwnedFd, pid_of: &impl Fn(i32) -> Option<i32>) -> Result<(), Failed> {
     if let Some((kind, id)) = d.owner {
-        let pid = pid_of(id).ok_or_else(|| io::Error::other("no such process")).tried(|| format!("fcntl F_SETOWN_EX {id}"))?;
+        let pid = pid_of(id)
+            .ok_or_else(|| io::Error::other("no such process"))
+            .tried(|| format!("fcntl F_SETOWN_EX {id}"))?;
         fdcalls::set_owner(fd, kind, pid).tried(|| format!("fcntl F_SETOWN_EX {id}"))?;
     }
     fdcalls::set_signal(fd, d.signal).tried(|| format!("fcntl F_SETSIG {}", d.signal))?;

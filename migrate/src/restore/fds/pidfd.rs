@@ -20,7 +20,10 @@ pub fn open_pidfds(descriptions: &[Description], built: &mut Built, pid_of: impl
 }
 
 fn open(d: &Description, pid: Option<i32>) -> Result<OwnedFd, Failed> {
-    let pid = pid.and_then(Pid::from_raw).ok_or_else(|| io::Error::other("no such process")).tried(|| "pidfd_open".into())?;
+    let pid = pid
+        .and_then(Pid::from_raw)
+        .ok_or_else(|| io::Error::other("no such process"))
+        .tried(|| "pidfd_open".into())?;
     let fd = pidfd_open(pid, PidfdFlags::empty()).tried(|| "pidfd_open".into())?;
     set_status(&fd, d.flags)?;
     Ok(fd)

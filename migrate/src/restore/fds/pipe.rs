@@ -51,7 +51,11 @@ impl Pipes {
     /// An end of a pipe.
     pub fn pipe(&mut self, d: &Description, index: u32, input: Input<'_>) -> Result<OwnedFd, Failed> {
         let no_pipe = || io::Error::other("no such pipe in the image");
-        let slot = self.made.get_mut(index as usize).ok_or_else(no_pipe).tried(|| "make a pipe".into())?;
+        let slot = self
+            .made
+            .get_mut(index as usize)
+            .ok_or_else(no_pipe)
+            .tried(|| "make a pipe".into())?;
         if slot.is_none() {
             let image = input.pipes.get(index as usize).ok_or_else(no_pipe).tried(|| "make a pipe".into())?;
             let packets = input
@@ -60,7 +64,9 @@ impl Pipes {
                 .any(|d| matches!(d.kind, Kind::Pipe { pipe } if pipe == index) && d.flags & libc::O_DIRECT as u32 != 0);
             *slot = Some(create(image, packets)?);
         }
-        let Some(made) = slot else { return Err(no_pipe()).tried(|| "make a pipe".into()) };
+        let Some(made) = slot else {
+            return Err(no_pipe()).tried(|| "make a pipe".into());
+        };
         let direct = d.flags & libc::O_DIRECT as u32 != 0;
         let taken = match d.flags & libc::O_ACCMODE as u32 {
             0 => made.read.take(),
@@ -91,7 +97,9 @@ impl Pipes {
             .ok_or_else(|| io::Error::other("no such pipe in the image"))
             .tried(|| format!("open {}", name()))?;
         if slot.is_none() {
-            super::same_file(file, super::FileUse::Read).map_err(io::Error::other).tried(|| "compare files".into())?;
+            super::same_file(file, super::FileUse::Read)
+                .map_err(io::Error::other)
+                .tried(|| "compare files".into())?;
             let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
             let holder = openat(CWD, &file.path, flags, Mode::empty()).tried(|| format!("open {}", name()))?;
             if rustix::io::ioctl_fionread(&holder).tried(|| "ioctl FIONREAD".into())? > 0 {
@@ -119,7 +127,9 @@ fn again(fd: &OwnedFd) -> String {
 }
 
 fn is_direct(fd: &OwnedFd) -> Result<bool, Failed> {
-    Ok(rustix::fs::fcntl_getfl(fd).tried(|| "fcntl F_GETFL".into())?.contains(OFlags::DIRECT))
+    Ok(rustix::fs::fcntl_getfl(fd)
+        .tried(|| "fcntl F_GETFL".into())?
+        .contains(OFlags::DIRECT))
 }
 
 fn create(image: &Pipe, packets: bool) -> Result<Made, Failed> {

@@ -16,7 +16,10 @@ pub(super) fn create(image: &Socket) -> Result<socket2::Socket, Failed> {
 /// Binds it; what stands in the way is said in words.
 pub(super) fn bind(socket: &socket2::Socket, local: Option<SocketAddr>) -> Result<(), Failed> {
     let Some(local) = local else { return Ok(()) };
-    socket.bind(&SockAddr::from(local)).map_err(|e| explain(e, local)).tried(|| format!("bind {local}"))
+    socket
+        .bind(&SockAddr::from(local))
+        .map_err(|e| explain(e, local))
+        .tried(|| format!("bind {local}"))
 }
 
 pub(super) fn explain(e: io::Error, local: SocketAddr) -> io::Error {
@@ -29,7 +32,12 @@ pub(super) fn explain(e: io::Error, local: SocketAddr) -> io::Error {
 
 /// Tries socket, options and address, and closes it again: a reason and what to do about it.
 pub(super) fn probe(image: &Socket, local: Option<SocketAddr>) -> Result<(), (String, &'static str)> {
-    let socket = create(image).map_err(|e| (format!("{}: {}", e.what, e.source), "load the kernel module or raise the limit it needs"))?;
+    let socket = create(image).map_err(|e| {
+        (
+            format!("{}: {}", e.what, e.source),
+            "load the kernel module or raise the limit it needs",
+        )
+    })?;
     let fix = |e: &io::Error| match e.kind() {
         io::ErrorKind::AddrInUse => "stop what uses it on this host (ss -tulpn shows it)",
         io::ErrorKind::AddrNotAvailable => "add the address to an interface of this host, or let the program listen on 0.0.0.0",
