@@ -94,8 +94,12 @@ pub fn is_epoll_target(pid: i32, fd: i32, epoll: i32, nth: u32) -> io::Result<bo
 
 /// getsockopt(2) of any option, raw. `capacity` is the most bytes to take.
 pub fn get_option(socket: impl AsFd, level: i32, name: i32, capacity: usize) -> io::Result<Vec<u8>> {
-    let mut value = vec![0u8; capacity];
-    let mut len = capacity as libc::socklen_t;
+    query_option(socket, level, name, vec![0u8; capacity])
+}
+
+/// getsockopt(2) of an option whose value is also a question, such as MCAST_MSFILTER.
+pub fn query_option(socket: impl AsFd, level: i32, name: i32, mut value: Vec<u8>) -> io::Result<Vec<u8>> {
+    let mut len = value.len() as libc::socklen_t;
     // SAFETY: `value` has `len` writable bytes; the kernel writes at most that many and then sets `len`.
     check(unsafe { libc::getsockopt(socket.as_fd().as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) as libc::c_long })?;
     value.truncate(len as usize);

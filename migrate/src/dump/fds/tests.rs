@@ -112,7 +112,7 @@ fn ten_thousand_files_are_fast() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit.clone()).unwrap();
+    setrlimit(Resource::Nofile, limit).unwrap();
     let count = limit.current.unwrap_or(20_000).saturating_sub(2_000).min(10_000) as usize;
     let dir = tempfile::tempdir().unwrap();
     let files: Vec<File> = (0..count).map(|i| File::create(dir.path().join(i.to_string())).unwrap()).collect();

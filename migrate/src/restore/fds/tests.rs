@@ -42,6 +42,7 @@ fn input<'a>(tables: &'a Tables, objects: &'a [Object]) -> Input<'a> {
         descriptions: &tables.descriptions,
         pipes: &tables.pipes,
         objects,
+        mms: &[],
         clocks: CLOCKS,
     }
 }
@@ -54,7 +55,13 @@ fn built(tables: &Tables, objects: ObjectTable) -> Built {
         File::from(from).read_exact_at(&mut content, 0).unwrap();
         File::from(to.try_clone().unwrap()).write_all_at(&content, 0).unwrap();
     }
-    let mut built = build(input(tables, &objects), &fds, &StdioFds::open(&Stdio::Null).unwrap()).unwrap();
+    let mut built = build(
+        input(tables, &objects),
+        &fds,
+        &StdioFds::open(&Stdio::Null).unwrap(),
+        &mut Early::default(),
+    )
+    .unwrap();
     open_pidfds(&tables.descriptions, &mut built, Some).unwrap();
     set_owners(&tables.descriptions, &built, Some).unwrap();
     fill_epoll(&tables.descriptions, &built).unwrap();
@@ -104,6 +111,33 @@ fn files_keep_offset_and_flags() {
 }
 
 #[test]
+fn files_opened_ahead() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    fs::write(&a, b"first").unwrap();
+    fs::write(&b, b"other").unwrap();
+    let files = [&a, &b].map(|p| File::open(p).unwrap());
+    (&files[0]).seek(SeekFrom::Start(1)).unwrap();
+    let (t, _) = dumped(&[files[0].as_raw_fd(), files[1].as_raw_fd()]);
+    let mut early = Early::open(&t.descriptions);
+    // The second is replaced by the same content before the freeze.
+    let id = fs::metadata(&b).unwrap().modified().unwrap();
+    fs::remove_file(&b).unwrap();
+    fs::write(&b, b"other").unwrap();
+    File::options().write(true).open(&b).unwrap().set_modified(id).unwrap();
+    let made = build(input(&t, &[]), &[], &StdioFds::open(&Stdio::Null).unwrap(), &mut early).unwrap();
+    let read = |i: usize| {
+        let mut s = String::new();
+        File::from(made.fds[i].as_ref().unwrap().try_clone().unwrap())
+            .read_to_string(&mut s)
+            .unwrap();
+        s
+    };
+    assert_eq!((read(0).as_str(), read(1).as_str()), ("irst", "other"));
+    assert!(rustix::fs::fstat(made.fds[1].as_ref().unwrap()).unwrap().st_nlink == 1);
+}
+
+#[test]
 fn files_that_differ_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f");
@@ -125,7 +159,7 @@ fn files_that_differ_are_refused() {
     let (t, _) = dumped(&[reader.as_raw_fd(), writer.as_raw_fd()]);
     fs::write(&path, b"longer").unwrap();
     assert!(check(&t).is_empty(), "{:?}", check(&t));
-    assert!(build(input(&t, &[]), &[], &StdioFds::open(&Stdio::Null).unwrap()).is_err());
+    assert!(build(input(&t, &[]), &[], &StdioFds::open(&Stdio::Null).unwrap(), &mut Early::default()).is_err());
     fs::write(&path, b"").unwrap();
     assert!(check(&t)[0].reason.contains("not on storage both hosts share"));
     fs::remove_file(&path).unwrap();
@@ -317,7 +351,7 @@ fn timerfds() {
     let mut at = input(&t, &objects);
     // Ten minutes pass between the freeze and now.
     at.clocks.realtime_ns = now.as_nanos() as u64 - 600_000_000_000;
-    let made = build(at, &[], &StdioFds::open(&Stdio::Null).unwrap()).unwrap();
+    let made = build(at, &[], &StdioFds::open(&Stdio::Null).unwrap(), &mut Early::default()).unwrap();
     let left = rustix::time::timerfd_gettime(made.fds[0].as_ref().unwrap())
         .unwrap()
         .it_value
@@ -582,7 +616,7 @@ fn devices_and_standard_streams() {
         ],
         ..Tables::default()
     };
-    let made = build(input(&t, &[]), &[], &stdio).unwrap();
+    let made = build(input(&t, &[]), &[], &stdio, &mut Early::default()).unwrap();
     fill_epoll(&t.descriptions, &made).unwrap();
     let fd = |i: usize| made.fds[i].as_ref().unwrap();
     rustix::io::write(fd(1), b"out\n").unwrap();
