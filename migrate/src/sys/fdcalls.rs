@@ -4,7 +4,9 @@
 
 use std::{
     cmp::Ordering,
+    collections::{HashMap, hash_map::Entry},
     io,
+    mem::ManuallyDrop,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
@@ -256,23 +258,61 @@ pub fn shared_anonymous(size: u64) -> io::Result<OwnedFd> {
     }
 }
 
-/// Makes `number` refer to what `fd` does (dup3(2), O_CLOEXEC), closing what it referred to.
-///
-/// # Safety
-/// Nobody may own `number` in the calling thread's descriptor table: call it only after unshare(CLONE_FILES), in a thread that ends
-/// without dropping any descriptor it did not open afterwards.
-pub unsafe fn place(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
-    // SAFETY: dup3 takes integers; that nobody owns `number` is the caller's promise.
-    check(unsafe { libc::dup3(fd.as_raw_fd(), number, libc::O_CLOEXEC) as libc::c_long })?;
-    Ok(())
+/// An entry for an epoll instance: `target` as if it had descriptor `number`.
+#[derive(Debug, Clone, Copy)]
+pub struct Registration<'a> {
+    /// The instance.
+    pub epoll: BorrowedFd<'a>,
+    /// What it watches.
+    pub target: BorrowedFd<'a>,
+    /// The number the entry shows.
+    pub number: RawFd,
+    /// EPOLL* bits.
+    pub events: u32,
+    /// epoll_data.
+    pub data: u64,
 }
 
-/// epoll_ctl(2) EPOLL_CTL_ADD by number, for numbers that [`place`] filled.
-pub fn epoll_add(epoll: BorrowedFd<'_>, number: RawFd, events: u32, data: u64) -> io::Result<()> {
-    let mut event = libc::epoll_event { events, u64: data };
-    // SAFETY: the kernel only reads one epoll_event.
-    check(unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, number, &raw mut event) as libc::c_long })?;
-    Ok(())
+/// Adds entries to epoll instances under any numbers (epoll_ctl(2), EPOLL_CTL_ADD): the result of each, in order.
+///
+/// The kernel takes the file and the number from the calling thread's table. So a thread of its own unshares its table (unshare(2),
+/// CLONE_FILES), and puts each target under its number there; the table goes away with the thread.
+///
+/// # Errors
+/// unshare(2) failed, or duplicates do not fit under RLIMIT_NOFILE; nothing was added then.
+pub fn register(entries: &[Registration<'_>]) -> io::Result<Vec<io::Result<()>>> {
+    let run = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)?;
+        let highest = entries.iter().map(|e| e.number).max().unwrap_or(0).max(2);
+        // Everything that is needed goes above the numbers that are about to be overwritten. Never dropped: in this table, numbers end
+        // with the thread.
+        let mut above: HashMap<RawFd, ManuallyDrop<OwnedFd>> = HashMap::new();
+        for fd in entries.iter().flat_map(|e| [e.epoll, e.target]) {
+            if let Entry::Vacant(slot) = above.entry(fd.as_raw_fd()) {
+                slot.insert(ManuallyDrop::new(rustix::io::fcntl_dupfd_cloexec(fd, highest + 1)?));
+            }
+        }
+        let add = |e: &Registration<'_>| {
+            let (Some(epoll), Some(target)) = (above.get(&e.epoll.as_raw_fd()), above.get(&e.target.as_raw_fd())) else {
+                return Err(io::ErrorKind::NotFound.into());
+            };
+            // SAFETY: dup3 takes integers. In this thread's private table nothing owns `number`: all that is used later was duplicated
+            // above it, and owners in other threads have tables of their own.
+            check(unsafe { libc::dup3(target.as_raw_fd(), e.number, libc::O_CLOEXEC) as libc::c_long })?;
+            let mut event = libc::epoll_event {
+                events: e.events,
+                u64: e.data,
+            };
+            // SAFETY: the kernel only reads one epoll_event.
+            let added = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, e.number, &raw mut event) };
+            check(added as libc::c_long).map(|_| ())
+        };
+        Ok(entries.iter().map(add).collect())
+    };
+    std::thread::scope(|scope| match scope.spawn(run).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
 }
 
 /// signalfd4(2) with the kernel's own 64-bit mask: bit n-1 for signal n, real-time ones too.

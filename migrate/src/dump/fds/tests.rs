@@ -35,6 +35,27 @@ fn dump_child(pid: u32, fds: &[RawFd]) -> (Tables, Vec<Blocker>) {
     (tables, blockers)
 }
 
+/// Waits for something that a child forked by another test can delay: until it calls execve it has all descriptors of this process.
+#[track_caller]
+pub(crate) fn settle(condition: impl Fn() -> bool) {
+    let start = std::time::Instant::now();
+    while !condition() {
+        assert!(start.elapsed().as_secs() < 10, "it never settles");
+        std::thread::yield_now();
+    }
+}
+
+/// Waits until nobody has the other end any more.
+#[track_caller]
+pub(crate) fn hung_up(fd: impl AsFd) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    settle(|| {
+        let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap();
+        fds[0].revents().contains(PollFlags::HUP)
+    });
+}
+
 /// The one blocker of a descriptor, whose reason must contain `words`.
 #[track_caller]
 fn refused(fd: impl AsFd, words: &str) -> Blocker {
@@ -244,6 +265,7 @@ fn pipes_that_lead_outside() {
     // The other end is gone: its own again, with what was written.
     write.write_all(b"left").unwrap();
     drop(write);
+    hung_up(&read);
     let (t, blockers, _) = dump_own(&[read.as_raw_fd()], Mode::Frozen);
     assert!(blockers.is_empty(), "{blockers:?}");
     assert_eq!(t.pipes[0].data, b"left");

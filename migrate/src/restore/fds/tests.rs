@@ -3,7 +3,10 @@
 use super::*;
 use crate::{
     dump::{
-        fds::{Mode, Source, Tables, dump_selected},
+        fds::{
+            Mode, Source, Tables, dump_selected,
+            tests::{hung_up, settle},
+        },
         objects::ObjectTable,
     },
     report::Stdio,
@@ -249,6 +252,7 @@ fn pipes_without_an_end_and_packet_pipes() {
     let (read, mut write) = std::io::pipe().unwrap();
     write.write_all(b"last words").unwrap();
     drop(write);
+    hung_up(&read);
     let mut s = String::new();
     File::from(copy(read.as_raw_fd()).1).read_to_string(&mut s).unwrap();
     assert_eq!(s, "last words", "and then the end");
@@ -272,6 +276,11 @@ fn fifos() {
     let (t, o) = dumped(&[both.as_raw_fd(), read.as_raw_fd()]);
     assert!(matches!(t.descriptions[0].kind, Kind::Fifo { .. }));
     drop((both, read));
+    settle(|| {
+        // Without a reader an open for writing is refused: the buffer is gone too.
+        let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::NONBLOCK;
+        rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).is_err()
+    });
     let mut made = built(&t, o);
     let mut buffer = [0; 16];
     let [both, read] = [0, 1].map(|i| File::from(made.fds[i].take().unwrap()));
@@ -484,6 +493,7 @@ fn unix_messages_stay_apart() {
         sent += n;
     }
     drop(b);
+    hung_up(&a);
     let mut copy = UnixStream::from(copy(a.as_raw_fd()).1);
     let mut v = Vec::new();
     copy.read_to_end(&mut v).unwrap();
@@ -512,6 +522,7 @@ fn tcp_listener_with_options() {
     );
     let before = dumped(&[socket.as_raw_fd()]).0;
     drop(socket);
+    settle(|| TcpListener::bind(address).is_ok());
     let made = built(&t, o);
     let fd = made.fds[0].as_ref().unwrap();
     assert_eq!(dumped(&[fd.as_raw_fd()]).0.descriptions, before.descriptions);
@@ -550,6 +561,7 @@ fn udp_sockets() {
     let address = socket.local_addr().unwrap();
     let (t, o) = dumped(&[socket.as_raw_fd()]);
     drop(socket);
+    settle(|| UdpSocket::bind(address).is_ok());
     let made = built(&t, o);
     let copy = UdpSocket::from(made.fds[0].as_ref().unwrap().try_clone().unwrap());
     assert_eq!(
