@@ -107,7 +107,8 @@ mod tests {
 
     #[test]
     fn groups() {
-        let text = "Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n";
+        let text = "Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n\
+                    1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n";
         assert_eq!(parse_igmp(text), [(1, "224.0.0.1".parse().unwrap())]);
         let text = "1    lo              ff020000000000000000000000000001     1 0000000C 0\nbroken\n";
         assert_eq!(parse_igmp6(text), [(1, "ff02::1".parse().unwrap())]);
