@@ -130,3 +130,23 @@ fn shared_anonymous_memory_looks_the_same() {
     assert_eq!(link.to_str().unwrap(), "/dev/zero (deleted)");
     assert_eq!(rustix::fs::fstat(&fd).unwrap().st_size, 8192);
 }
+
+#[test]
+fn many_files_are_fast() {
+    let dir = tempfile::tempdir().unwrap();
+    if raise_limit() < 16_000 {
+        eprintln!("skipped: the hard limit of open files (ulimit -Hn) is under 16000");
+        return;
+    }
+    let files: Vec<File> = (0..2000).map(|i| File::create(dir.path().join(i.to_string())).unwrap()).collect();
+    let numbers: Vec<RawFd> = files.iter().map(|f| f.as_raw_fd()).collect();
+    let (t, _) = dumped(&numbers);
+    let stdio = StdioFds::open(&Stdio::Null).unwrap();
+    for mut early in [Early::default(), Early::open(&t.descriptions)] {
+        let start = std::time::Instant::now();
+        let made = build(input(&t, &[]), &[], &stdio, &mut early).unwrap();
+        let took = start.elapsed();
+        println!("{} files in {took:?}", made.fds.len());
+        assert!(took.as_secs() < 5);
+    }
+}
