@@ -4,7 +4,9 @@
 
 use std::{
     cmp::Ordering,
+    collections::{HashMap, hash_map::Entry},
     io,
+    mem::ManuallyDrop,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
@@ -94,8 +96,12 @@ pub fn is_epoll_target(pid: i32, fd: i32, epoll: i32, nth: u32) -> io::Result<bo
 
 /// getsockopt(2) of any option, raw. `capacity` is the most bytes to take.
 pub fn get_option(socket: impl AsFd, level: i32, name: i32, capacity: usize) -> io::Result<Vec<u8>> {
-    let mut value = vec![0u8; capacity];
-    let mut len = capacity as libc::socklen_t;
+    query_option(socket, level, name, vec![0u8; capacity])
+}
+
+/// getsockopt(2) of an option whose value is also a question, such as MCAST_MSFILTER.
+pub fn query_option(socket: impl AsFd, level: i32, name: i32, mut value: Vec<u8>) -> io::Result<Vec<u8>> {
+    let mut len = value.len() as libc::socklen_t;
     // SAFETY: `value` has `len` writable bytes; the kernel writes at most that many and then sets `len`.
     check(unsafe { libc::getsockopt(socket.as_fd().as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) as libc::c_long })?;
     value.truncate(len as usize);
@@ -197,33 +203,11 @@ pub fn open_by_handle(mount: impl AsFd, kind: i32, handle: &[u8]) -> io::Result<
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// The handle of a path (name_to_handle_at(2)): its type and bytes. Used by tests as the other half of [`open_by_handle`].
-#[cfg(test)]
-pub fn handle_of(path: &std::ffi::CStr) -> io::Result<(i32, Vec<u8>)> {
-    let mut h = Handle {
-        bytes: MAX_HANDLE as u32,
-        kind: 0,
-        data: [0; MAX_HANDLE],
-    };
-    let mut mount = 0i32;
-    // SAFETY: `h` has room for the `bytes` it announces, `mount` for one int, and the path ends in a zero.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_name_to_handle_at,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            &raw mut h,
-            &raw mut mount,
-            0,
-        )
-    })?;
-    Ok((h.kind, h.data[..h.bytes as usize].to_vec()))
-}
-
 /// A new unnamed shared memory object of `size` bytes, as mmap(MAP_SHARED | MAP_ANONYMOUS) makes it: its mappings read
 /// "/dev/zero (deleted)" in /proc/PID/maps. Falls back on a memfd where /proc/self/map_files cannot be opened.
 pub fn shared_anonymous(size: u64) -> io::Result<OwnedFd> {
-    let len = usize::try_from(size.max(1)).map_err(io::Error::other)?.next_multiple_of(4096);
+    let len = usize::try_from(size.max(1)).ok().and_then(|n| n.checked_next_multiple_of(4096));
+    let len = len.ok_or_else(|| io::Error::other("too large"))?;
     // SAFETY: a fresh mapping at an address of the kernel's choice; nothing else refers to it.
     let at = unsafe {
         libc::mmap(
@@ -252,23 +236,61 @@ pub fn shared_anonymous(size: u64) -> io::Result<OwnedFd> {
     }
 }
 
-/// Makes `number` refer to what `fd` does (dup3(2), O_CLOEXEC), closing what it referred to.
-///
-/// # Safety
-/// Nobody may own `number` in the calling thread's descriptor table: call it only after unshare(CLONE_FILES), in a thread that ends
-/// without dropping any descriptor it did not open afterwards.
-pub unsafe fn place(fd: BorrowedFd<'_>, number: RawFd) -> io::Result<()> {
-    // SAFETY: dup3 takes integers; that nobody owns `number` is the caller's promise.
-    check(unsafe { libc::dup3(fd.as_raw_fd(), number, libc::O_CLOEXEC) as libc::c_long })?;
-    Ok(())
+/// An entry for an epoll instance: `target` as if it had descriptor `number`.
+#[derive(Debug, Clone, Copy)]
+pub struct Registration<'a> {
+    /// The instance.
+    pub epoll: BorrowedFd<'a>,
+    /// What it watches.
+    pub target: BorrowedFd<'a>,
+    /// The number the entry shows.
+    pub number: RawFd,
+    /// EPOLL* bits.
+    pub events: u32,
+    /// epoll_data.
+    pub data: u64,
 }
 
-/// epoll_ctl(2) EPOLL_CTL_ADD by number, for numbers that [`place`] filled.
-pub fn epoll_add(epoll: BorrowedFd<'_>, number: RawFd, events: u32, data: u64) -> io::Result<()> {
-    let mut event = libc::epoll_event { events, u64: data };
-    // SAFETY: the kernel only reads one epoll_event.
-    check(unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, number, &raw mut event) as libc::c_long })?;
-    Ok(())
+/// Adds entries to epoll instances under any numbers (epoll_ctl(2), EPOLL_CTL_ADD): the result of each, in order.
+///
+/// The kernel takes the file and the number from the calling thread's table. So a thread of its own unshares its table (unshare(2),
+/// CLONE_FILES), and puts each target under its number there; the table goes away with the thread.
+///
+/// # Errors
+/// unshare(2) failed, or duplicates do not fit under RLIMIT_NOFILE; nothing was added then.
+pub fn register(entries: &[Registration<'_>]) -> io::Result<Vec<io::Result<()>>> {
+    let run = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)?;
+        let highest = entries.iter().map(|e| e.number).max().unwrap_or(0).max(2);
+        // Everything that is needed goes above the numbers that are about to be overwritten. Never dropped: in this table, numbers end
+        // with the thread.
+        let mut above: HashMap<RawFd, ManuallyDrop<OwnedFd>> = HashMap::new();
+        for fd in entries.iter().flat_map(|e| [e.epoll, e.target]) {
+            if let Entry::Vacant(slot) = above.entry(fd.as_raw_fd()) {
+                slot.insert(ManuallyDrop::new(rustix::io::fcntl_dupfd_cloexec(fd, highest.saturating_add(1))?));
+            }
+        }
+        let add = |e: &Registration<'_>| {
+            let (Some(epoll), Some(target)) = (above.get(&e.epoll.as_raw_fd()), above.get(&e.target.as_raw_fd())) else {
+                return Err(io::ErrorKind::NotFound.into());
+            };
+            // SAFETY: dup3 takes integers. In this thread's private table nothing owns `number`: all that is used later was duplicated
+            // above it, and owners in other threads have tables of their own.
+            check(unsafe { libc::dup3(target.as_raw_fd(), e.number, libc::O_CLOEXEC) as libc::c_long })?;
+            let mut event = libc::epoll_event {
+                events: e.events,
+                u64: e.data,
+            };
+            // SAFETY: the kernel only reads one epoll_event.
+            let added = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, e.number, &raw mut event) };
+            check(added as libc::c_long).map(|_| ())
+        };
+        Ok(entries.iter().map(add).collect())
+    };
+    std::thread::scope(|scope| match scope.spawn(run).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
 }
 
 /// signalfd4(2) with the kernel's own 64-bit mask: bit n-1 for signal n, real-time ones too.

@@ -5,7 +5,7 @@ use super::{
     timerfd, unix,
 };
 use crate::{blocker::Blocker, dump::objects::ObjectTable, image::Kind, procfs::fdinfo};
-use rustix::fs::{AtFlags, CWD, Mode as Permissions, OFlags, Stat, fstat, openat, statat};
+use rustix::fs::{Mode as Permissions, OFlags, Stat, fstat, openat};
 use std::{
     cell::OnceCell,
     io,
@@ -49,7 +49,6 @@ pub(super) enum Shape {
 pub(super) struct Process {
     pub source: Source,
     pub dirs: table::Dirs,
-    root: OnceCell<OwnedFd>,
     pidfd: OnceCell<OwnedFd>,
     comm: OnceCell<String>,
 }
@@ -78,7 +77,6 @@ impl<'a> Context<'a> {
         let process = |(&source, dirs)| Process {
             source,
             dirs,
-            root: OnceCell::new(),
             pidfd: OnceCell::new(),
             comm: OnceCell::new(),
         };
@@ -156,17 +154,21 @@ impl<'a> Context<'a> {
 
     /// stat(2) of what is open, whether or not it still has a name.
     pub fn stat(&self, open: &Open) -> Result<Stat, DumpError> {
-        let (process, fd) = self.at(open);
-        let name = rustix::path::DecInt::new(fd);
-        statat(&process.dirs.fd, name.as_c_str(), AtFlags::empty()).map_err(|e| self.error(open, "stat", e))
+        let missing = || self.error(open, "stat", io::Error::other("not a file"));
+        self.raws[open.first()].stat.ok_or_else(missing)
     }
 
-    /// stat(2) of a path as the process sees it, without following a symbolic link at its end.
+    /// Whether the path an open shows leads to what is open, for the process: an error says why it leads nowhere.
+    pub fn is_named(&self, open: &Open, stat: &Stat) -> Result<bool, String> {
+        match &self.raws[open.first()].named {
+            Ok(there) => Ok(*there == (stat.st_dev, stat.st_ino)),
+            Err(e) => Err(e.to_string()),
+        }
+    }
+
+    /// stat(2) of another path as the process sees it, without following a symbolic link at its end.
     pub fn stat_path(&self, open: &Open, path: &[u8]) -> io::Result<Stat> {
-        let (process, _) = self.at(open);
-        let inside = path.strip_prefix(b"/").unwrap_or(path);
-        let inside = if inside.is_empty() { b"." } else { inside };
-        Ok(statat(process.root()?, inside, AtFlags::SYMLINK_NOFOLLOW)?)
+        table::stat_path(&self.at(open).0.dirs, path)
     }
 
     /// A duplicate of the description in the agent's own table (pidfd_getfd(2)).
@@ -234,16 +236,6 @@ impl<'a> Context<'a> {
 }
 
 impl Process {
-    /// Its root directory (O_PATH).
-    pub fn root(&self) -> io::Result<BorrowedFd<'_>> {
-        if let Some(root) = self.root.get() {
-            return Ok(root.as_fd());
-        }
-        let path = format!("/proc/{}/root", self.source.pid);
-        let root = openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Permissions::empty())?;
-        Ok(self.root.get_or_init(|| root).as_fd())
-    }
-
     fn pidfd(&self) -> io::Result<BorrowedFd<'_>> {
         if let Some(pidfd) = self.pidfd.get() {
             return Ok(pidfd.as_fd());

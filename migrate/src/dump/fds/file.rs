@@ -76,10 +76,9 @@ pub(super) fn shape(context: &mut Context<'_>, open: &Open) -> Result<Shape, Dum
     if stat.st_nlink == 0 && path.ends_with(DELETED) {
         return deleted(context, open, &stat, &path[..path.len() - DELETED.len()]);
     }
-    let here = context.stat_path(open, &path);
-    match here {
-        Ok(there) if (there.st_dev, there.st_ino) == (stat.st_dev, stat.st_ino) => {}
-        Ok(_) => {
+    match context.is_named(open, &stat) {
+        Ok(true) => {}
+        Ok(false) => {
             let reason = format!(
                 "{} is another file now than the one that is open (replaced, mounted over, or in another root)",
                 text(&path)
@@ -123,8 +122,8 @@ fn fs_type(context: &mut Context<'_>, open: &Open, stat: &Stat) -> u64 {
 
 fn fifo(context: &mut Context<'_>, open: &Open, stat: &Stat) -> Result<Shape, DumpError> {
     let path = context.link(open).to_vec();
-    match context.stat_path(open, &path) {
-        Ok(there) if (there.st_dev, there.st_ino) == (stat.st_dev, stat.st_ino) => pipe::named(context, open, file_id(&path, stat)),
+    match context.is_named(open, stat) {
+        Ok(true) => pipe::named(context, open, file_id(&path, stat)),
         _ => Ok(context.refuse(
             open,
             format!("the fifo {} has no name any more, or another one", text(&path)),

@@ -88,7 +88,7 @@ fn mount_fds(context: &Context<'_>, open: &Open, dev: u64) -> Vec<OwnedFd> {
         let inside = path.strip_prefix(b"/").unwrap_or(&path);
         let inside = if inside.is_empty() { b"." } else { inside };
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let fd = openat(process.root()?, inside, flags, Permissions::empty())?;
+        let fd = openat(&process.dirs.root, inside, flags, Permissions::empty())?;
         // Something else may be mounted over it.
         if fstat(&fd)?.st_dev == dev {
             Ok(fd)

@@ -230,4 +230,4 @@ fn assemble(context: &mut Context<'_>, opens: &[sharing::Open], mut shapes: Vec<
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

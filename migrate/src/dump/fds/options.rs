@@ -164,10 +164,13 @@ fn table(domain: i32, kind: i32, protocol: i32) -> impl Iterator<Item = (i32, i3
         .chain([(libc::SOL_SOCKET, SO_PRIORITY)])
 }
 
+/// Values of every option of a kind of socket, in the table's order; `None` for those this kernel does not know.
+type Values = Vec<Option<Vec<u8>>>;
+
 /// Fresh sockets' options, by (domain, type, protocol).
 #[derive(Default)]
 pub(super) struct Probes {
-    fresh: HashMap<(i32, i32, i32), Vec<Option<Vec<u8>>>>,
+    fresh: HashMap<(i32, i32, i32), Values>,
 }
 
 impl Probes {
@@ -177,7 +180,7 @@ impl Probes {
     /// The fresh socket could not be made. Options that this kernel does not know are left out.
     pub fn options(&mut self, fd: impl AsFd, domain: i32, kind: i32, protocol: i32) -> io::Result<Vec<SockOpt>> {
         let fd = fd.as_fd();
-        let read = |fd: std::os::fd::BorrowedFd<'_>| -> Vec<Option<Vec<u8>>> {
+        let read = |fd: std::os::fd::BorrowedFd<'_>| -> Values {
             table(domain, kind, protocol)
                 .map(|(level, name)| fdcalls::get_option(fd, level, name, LONGEST).ok())
                 .collect()

@@ -178,13 +178,18 @@ pub(super) fn resolve(context: &mut Context<'_>, opens: &[Open], shapes: &mut [S
                     "named unix sockets do not move: close the connection before the migration",
                 )
             }
-            (Some(0), _) => pair(context, open, found, None)?,
+            (Some(0), _) if closed(&found) => pair(context, open, found, None)?,
             (Some(_), Some(peer)) => pair(context, open, found, Some(peer as u32))?,
             (Some(peer), None) => outside(context, open, &found, peer),
             (None, _) => context.refuse(open, "an unconnected unix socket is open", "close it before the migration"),
         };
     }
     Ok(())
+}
+
+/// Whether a peer without an inode has been closed. The alternative, of a stream, is one that was not accepted yet.
+fn closed(found: &Found) -> bool {
+    found.socket.kind == libc::SOCK_DGRAM || found.info.shutdown & 3 == 3
 }
 
 /// "@abstract" or the path.
@@ -202,6 +207,13 @@ fn refuse_named(context: &mut Context<'_>, open: &Open, info: &Info) -> Shape {
     context.refuse(open, format!("its unix socket {what} {name}"), fix)
 }
 
+fn unnamed(inode: u32) -> String {
+    match inode {
+        0 => "a socket that has not accepted it yet".to_owned(),
+        _ => format!("the unnamed socket {inode}"),
+    }
+}
+
 /// A connection to a process outside the tree.
 fn outside(context: &mut Context<'_>, open: &Open, found: &Found, peer: u32) -> Shape {
     if found.socket.kind == libc::SOCK_STREAM
@@ -217,7 +229,7 @@ fn outside(context: &mut Context<'_>, open: &Open, found: &Found, peer: u32) -> 
         .ask(peer)
         .ok()
         .and_then(|i| i.name)
-        .map_or_else(|| format!("the unnamed socket {peer}"), |name| printable(&name));
+        .map_or_else(|| unnamed(peer), |name| printable(&name));
     let fix = match to.as_str() {
         "/dev/log" | "/run/systemd/journal/dev-log" | "/run/systemd/journal/socket" => {
             "close the log (closelog) before the migration, or log to standard error"

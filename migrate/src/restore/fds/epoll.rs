@@ -1,19 +1,18 @@
 //! epoll(7).
 //!
 //! An entry is a number and a file, as the registering process had them. The agent can register any file under any number without that
-//! process: it takes a thread, gives it a descriptor table of its own (unshare(2), CLONE_FILES), and puts the file under the number there.
+//! process, in a thread with a descriptor table of its own ([`fdcalls::register`]).
 
 use super::{Built, Failed, RestoreError, Tried, error, set_status};
 use crate::{
-    image::{Description, EpollEntry, Kind},
-    sys::fdcalls,
+    image::{Description, Kind},
+    sys::fdcalls::{self, Registration},
 };
-use rustix::{event::epoll, io::fcntl_dupfd_cloexec};
+use rustix::event::epoll;
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::HashSet,
     io,
-    mem::ManuallyDrop,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 
 /// Makes an instance without entries.
@@ -40,68 +39,49 @@ pub(super) fn polled(descriptions: &[Description]) -> HashSet<u32> {
 /// # Errors
 /// epoll_ctl(2) refused an entry, or a description is missing.
 pub fn fill_epoll(descriptions: &[Description], built: &Built) -> Result<(), RestoreError> {
-    let wanted: Vec<(usize, &[EpollEntry])> = descriptions
-        .iter()
-        .enumerate()
-        .filter_map(|(i, d)| match &d.kind {
-            Kind::Epoll { entries } if !entries.is_empty() => Some((i, entries.as_slice())),
-            _ => None,
-        })
-        .collect();
-    if wanted.is_empty() {
-        return Ok(());
-    }
-    let run = || fill(descriptions, built, &wanted);
-    std::thread::scope(|scope| match scope.spawn(run).join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
-    })
-}
-
-/// Runs in a thread of its own, whose descriptor table goes away with it.
-fn fill(descriptions: &[Description], built: &Built, wanted: &[(usize, &[EpollEntry])]) -> Result<(), RestoreError> {
-    let whole = |e: Failed| error("epoll".into(), e);
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)
-        .tried(|| "unshare CLONE_FILES".into())
-        .map_err(whole)?;
-    let highest = wanted.iter().flat_map(|(_, e)| e.iter()).map(|e| e.fd).max().unwrap_or(0);
-    // Everything that is needed goes above the numbers that are about to be overwritten. Not dropped: these numbers end with the thread.
-    let mut above: BTreeMap<usize, ManuallyDrop<OwnedFd>> = BTreeMap::new();
-    for &(i, entries) in wanted {
-        for i in std::iter::once(i).chain(entries.iter().map(|e| e.description as usize)) {
-            if above.contains_key(&i) {
-                continue;
-            }
-            let missing = || io::Error::other("description is missing");
-            let fd = built.fds.get(i).and_then(Option::as_ref).ok_or_else(missing);
-            let fd = fd.tried(|| format!("description {i}")).map_err(whole)?;
-            let copy = fcntl_dupfd_cloexec(fd, highest + 1)
-                .tried(|| "fcntl F_DUPFD_CLOEXEC".into())
-                .map_err(whole)?;
-            above.insert(i, ManuallyDrop::new(copy));
+    let missing = |i: usize| RestoreError {
+        place: format!("description {i}"),
+        what: "epoll_ctl".into(),
+        source: io::Error::other("the description was not built"),
+    };
+    let of = |i: usize| {
+        built
+            .fds
+            .get(i)
+            .and_then(Option::as_ref)
+            .map(OwnedFd::as_fd)
+            .ok_or_else(|| missing(i))
+    };
+    let mut entries = Vec::new();
+    let mut names = Vec::new();
+    for (i, d) in descriptions.iter().enumerate() {
+        let Kind::Epoll { entries: wanted } = &d.kind else { continue };
+        for e in wanted {
+            let target = e.description as usize;
+            entries.push(Registration {
+                epoll: of(i)?,
+                target: of(target)?,
+                number: e.fd,
+                events: e.events,
+                data: e.data,
+            });
+            let stdio = descriptions.get(target).is_some_and(|d| matches!(d.kind, Kind::Stdio { .. }));
+            names.push((i, e.fd, stdio));
         }
     }
-    for &(i, entries) in wanted {
-        for entry in entries {
-            let place = || format!("epoll description {i}, entry of fd {}", entry.fd);
-            let (Some(instance), Some(target)) = (above.get(&i), above.get(&(entry.description as usize))) else {
-                continue;
-            };
-            let stdio = matches!(descriptions.get(entry.description as usize), Some(d) if matches!(d.kind, Kind::Stdio { .. }));
-            match add(instance.as_fd(), target.as_fd(), entry) {
-                Err(e) if stdio && e.raw_os_error() == Some(libc::EPERM) => {}
-                other => other.tried(|| "epoll_ctl".into()).map_err(|e| error(place(), e))?,
-            }
+    if entries.is_empty() {
+        return Ok(());
+    }
+    let results = fdcalls::register(&entries)
+        .tried(|| "register epoll entries".into())
+        .map_err(|e| error("epoll".into(), e))?;
+    for (result, (i, fd, stdio)) in results.into_iter().zip(names) {
+        match result {
+            Err(e) if stdio && e.raw_os_error() == Some(libc::EPERM) => {}
+            other => other
+                .tried(|| "epoll_ctl".into())
+                .map_err(|e| error(format!("epoll description {i}, entry of fd {fd}"), e))?,
         }
     }
     Ok(())
-}
-
-fn add(instance: BorrowedFd<'_>, target: BorrowedFd<'_>, entry: &EpollEntry) -> io::Result<()> {
-    if entry.fd < 0 {
-        return Err(io::Error::other("negative descriptor"));
-    }
-    // SAFETY: this thread has unshared its table, all it uses was moved above every `entry.fd`, and it drops nothing before it ends.
-    unsafe { fdcalls::place(target, entry.fd)? };
-    fdcalls::epoll_add(instance, entry.fd, entry.events, entry.data)
 }

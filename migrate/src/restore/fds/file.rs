@@ -1,12 +1,16 @@
 //! Files and directories with a name: whether this host has the same ones, and opening them.
 
-use super::{Failed, Tried};
+use super::{Failed, Input, Tried};
 use crate::{
     dump::files::{as_path, build_id, mtime_ns},
-    image::{Description, FileId, Kind},
+    image::{Backing, Description, FileId, Kind, Vma},
 };
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, SeekFrom, Stat, openat, seek, statat, statfs};
-use std::{collections::HashSet, io, os::fd::OwnedFd};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, SeekFrom, Stat, fstat, openat, seek, statat, statfs};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    os::fd::OwnedFd,
+};
 
 /// What a file is used for, and so what must be equal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,18 +25,28 @@ pub enum FileUse {
     },
 }
 
-/// Access to a file the tree itself writes, by device and inode.
-pub(super) fn written(descriptions: &[Description]) -> HashSet<(u64, u64)> {
+/// Files the tree itself writes, through a descriptor or a shared mapping, by device and inode.
+pub(super) fn written(input: Input<'_>) -> HashSet<(u64, u64)> {
     let writes = |d: &Description| d.flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32;
     let file = |d: &Description| match &d.kind {
         Kind::File { file, .. } if writes(d) => Some((file.dev, file.ino)),
         _ => None,
     };
-    descriptions.iter().filter_map(file).collect()
+    let mapped = |v: &Vma| match &v.backing {
+        Backing::File { file, writable: true, .. } if v.shared => Some((file.dev, file.ino)),
+        _ => None,
+    };
+    let mappings = input.mms.iter().flat_map(|m| m.vmas.iter());
+    input
+        .descriptions
+        .iter()
+        .filter_map(file)
+        .chain(mappings.filter_map(mapped))
+        .collect()
 }
 
 /// The use of a file by one description: another of the tree may write it.
-pub(super) fn usage(_: &Description, file: &FileId, written: &HashSet<(u64, u64)>, frozen: bool) -> FileUse {
+pub(super) fn usage(file: &FileId, written: &HashSet<(u64, u64)>, frozen: bool) -> FileUse {
     if written.contains(&(file.dev, file.ino)) {
         FileUse::Write { frozen }
     } else {
@@ -130,11 +144,51 @@ pub(super) fn open_flags(flags: u32) -> OFlags {
     OFlags::from_bits_retain(flags & !NOT_AT_OPEN) | OFlags::CLOEXEC | OFlags::NOCTTY
 }
 
+/// Files opened ahead of the freeze, for [`super::build`] to take: inside the freeze only size, times and offset are left to do.
+#[derive(Debug, Default)]
+pub struct Early {
+    files: HashMap<(Vec<u8>, u32), Vec<OwnedFd>>,
+}
+
+impl Early {
+    /// Opens the files of an inventory. What cannot be opened is left to the build, which says why.
+    pub fn open(descriptions: &[Description]) -> Self {
+        super::raise_limit();
+        let mut early = Early::default();
+        for d in descriptions {
+            if let Kind::File { file, .. } = &d.kind
+                && same_file(file, FileUse::Write { frozen: false }).is_ok()
+                && let Ok(fd) = openat(CWD, &file.path, open_flags(d.flags), Mode::empty())
+            {
+                early.files.entry((file.path.clone(), d.flags)).or_default().push(fd);
+            }
+        }
+        early
+    }
+
+    /// One that was opened with these flags and is the file expected now.
+    fn take(&mut self, d: &Description, file: &FileId, usage: FileUse) -> Option<OwnedFd> {
+        // Nothing to hash when nothing was opened.
+        if self.files.is_empty() {
+            return None;
+        }
+        let fd = self.files.get_mut(&(file.path.clone(), d.flags))?.pop()?;
+        let stat = fstat(&fd).ok()?;
+        // It may have been removed or replaced since.
+        (stat.st_nlink > 0 && compare(file, &stat, usage).is_ok()).then_some(fd)
+    }
+}
+
 /// Opens a file and puts the offset where it was.
-pub(super) fn build(d: &Description, file: &FileId, pos: u64, usage: FileUse) -> Result<OwnedFd, Failed> {
+pub(super) fn build(d: &Description, file: &FileId, pos: u64, usage: FileUse, early: &mut Early) -> Result<OwnedFd, Failed> {
     let name = || String::from_utf8_lossy(&file.path).into_owned();
-    same_file(file, usage).map_err(io::Error::other).tried(|| "compare files".into())?;
-    let fd = openat(CWD, &file.path, open_flags(d.flags), Mode::empty()).tried(|| format!("open {}", name()))?;
+    let fd = match early.take(d, file, usage) {
+        Some(fd) => fd,
+        None => {
+            same_file(file, usage).map_err(io::Error::other).tried(|| "compare files".into())?;
+            openat(CWD, &file.path, open_flags(d.flags), Mode::empty()).tried(|| format!("open {}", name()))?
+        }
+    };
     if pos != 0 && d.flags & libc::O_PATH as u32 == 0 {
         seek(&fd, SeekFrom::Start(pos)).tried(|| format!("lseek {} to {pos}", name()))?;
     }

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! preflight      nothing is created that stays: files compared, ports tried, devices and directories looked for
+//! Early::open    files, ahead of the freeze (optional)
 //! create_objects memfds and unlinked files, which others fill
 //! build          one descriptor a description; None for pidfds
 //! later          open_pidfds and set_owners once the processes exist, then fill_epoll; seal_objects once the content is there
@@ -29,7 +30,7 @@ mod udp;
 mod unix;
 
 pub use epoll::fill_epoll;
-pub use file::{FileUse, same_file};
+pub use file::{Early, FileUse, same_file};
 pub use objects::{create_objects, seal_objects};
 pub use owner::set_owners;
 pub use pidfd::open_pidfds;
@@ -37,7 +38,7 @@ pub use stdio::StdioFds;
 
 use crate::{
     blocker::Blocker,
-    image::{Clocks, Description, Kind, Object, Pipe, Process, Tree},
+    image::{Clocks, Description, Kind, Mm, Object, Pipe, Process, Tree},
 };
 use rustix::fs::{OFlags, fcntl_setfl};
 use std::{
@@ -56,6 +57,8 @@ pub struct Input<'a> {
     pub pipes: &'a [Pipe],
     /// Objects.
     pub objects: &'a [Object],
+    /// Address spaces: files they map for writing may change too.
+    pub mms: &'a [Mm],
     /// Clocks at the freeze.
     pub clocks: Clocks,
 }
@@ -67,6 +70,7 @@ impl<'a> From<&'a Tree> for Input<'a> {
             descriptions: &tree.descriptions,
             pipes: &tree.pipes,
             objects: &tree.objects,
+            mms: &tree.mms,
             clocks: tree.clocks,
         }
     }
@@ -129,12 +133,12 @@ impl<T, E: Into<io::Error>> Tried<T> for Result<T, E> {
 ///
 /// `input` may come from an inventory: files that are open for writing may have grown since.
 pub fn preflight(input: Input<'_>, blockers: &mut Vec<Blocker>) {
-    let written = file::written(input.descriptions);
+    let written = file::written(input);
     for (i, d) in input.descriptions.iter().enumerate() {
         let mut refuse = |reason: String, fix: &str| blockers.push(Blocker::new(input.place(i), reason, fix));
         match &d.kind {
             Kind::File { file, .. } => {
-                let usage = file::usage(d, file, &written, false);
+                let usage = file::usage(file, &written, false);
                 if let Err(reason) = same_file(file, usage) {
                     refuse(
                         reason,
@@ -208,7 +212,7 @@ fn raise_limit() -> u64 {
     if limit.current != limit.maximum {
         let old = limit.current;
         limit.current = limit.maximum;
-        if setrlimit(Resource::Nofile, limit.clone()).is_err() {
+        if setrlimit(Resource::Nofile, limit).is_err() {
             limit.current = old;
         }
     }
@@ -217,16 +221,17 @@ fn raise_limit() -> u64 {
 
 /// Rebuilds every description.
 ///
-/// `objects` are the descriptors [`create_objects`] made, in the order of the image's objects. Files are compared once more, exactly:
+/// `objects` are the descriptors [`create_objects`] made, in the order of the image's objects; `early` may hold files that were opened
+/// ahead of the freeze. Files are compared once more, exactly:
 /// `input` must come from the freeze.
 ///
 /// # Errors
 /// The first description that could not be rebuilt; what was built is closed again.
-pub fn build(input: Input<'_>, objects: &[OwnedFd], stdio: &StdioFds) -> Result<Built, RestoreError> {
+pub fn build(input: Input<'_>, objects: &[OwnedFd], stdio: &StdioFds, early: &mut Early) -> Result<Built, RestoreError> {
     raise_limit();
     let fail = |i: usize| move |e: Failed| error(input.place(i), e);
     let mut fds: Vec<Option<OwnedFd>> = (0..input.descriptions.len()).map(|_| None).collect();
-    let written = file::written(input.descriptions);
+    let written = file::written(input);
     let polled = epoll::polled(input.descriptions);
     let mut pipes = pipe::Pipes::new(input.pipes.len());
     for (i, d) in input.descriptions.iter().enumerate() {
@@ -234,7 +239,7 @@ pub fn build(input: Input<'_>, objects: &[OwnedFd], stdio: &StdioFds) -> Result<
             continue;
         }
         let made = match &d.kind {
-            Kind::File { file, pos } => file::build(d, file, *pos, file::usage(d, file, &written, true)),
+            Kind::File { file, pos } => file::build(d, file, *pos, file::usage(file, &written, true), early),
             Kind::Object { object, pos } => objects::build(d, objects.get(*object as usize), *pos),
             Kind::Device { file } => device::build(d, file),
             Kind::Pipe { pipe } => pipes.pipe(d, *pipe, input),
