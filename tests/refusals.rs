@@ -83,6 +83,8 @@ refusals! {
     unix_socket_with_a_name: "unix-datagram" MAY ["unix", "socket"];
     unix_socket_to_outside_the_tree: "unix-outside" MUST ["unix", "socket"];
     descriptors_in_flight: "rights-in-flight" MAY ["unix", "socket", "descriptor"];
+    credentials_in_flight: "credentials-in-flight" MAY ["credentials"];
+    packets_in_a_pipe: "packet-pipe" MAY ["packet"];
     deleted_file: "deleted-file" MAY ["deleted", "gone", "unlinked"];
     pidfd_outside_the_tree: "pidfd" MAY ["pidfd"];
     own_userfaultfd: "userfaultfd" MAY ["userfaultfd"];

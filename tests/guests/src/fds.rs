@@ -143,10 +143,6 @@ pub fn fds(mut kit: Kit) -> io::Result<ExitCode> {
     sys!(fcntl(full[0], libc::F_SETPIPE_SZ, 1 << 18))?;
     let filling: Vec<u8> = (0..1_u32 << 18).map(|i| (i % 253) as u8).collect();
     put(full[1], &filling)?;
-    let mut packets = [0; 2];
-    sys!(pipe2(packets.as_mut_ptr(), libc::O_DIRECT | libc::O_NONBLOCK))?;
-    put(packets[1], b"one")?;
-    put(packets[1], b"two!")?;
     let mut widowed = [0; 2];
     sys!(pipe(widowed.as_mut_ptr()))?;
     put(widowed[1], b"last words")?;
@@ -299,9 +295,6 @@ pub fn fds(mut kit: Kit) -> io::Result<ExitCode> {
             kit.check(bytes.is_some_and(|b| b == filling), "content of the full pipe differs");
             let wrote = put(full[1], &filling);
             kit.equal("filling the pipe again", kit_len(wrote), 1 << 18);
-            let got = (get(packets[0], 100).unwrap_or_default(), get(packets[0], 100).unwrap_or_default());
-            kit.equal("packet pipe", got, (b"one".to_vec(), b"two!".to_vec()));
-            let _ = (put(packets[1], b"one"), put(packets[1], b"two!"));
             if first {
                 let got = get(widowed[0], 100).unwrap_or_default();
                 kit.equal("pipe without a writer", got, b"last words".to_vec());

@@ -307,6 +307,42 @@ pub fn hold(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
                 if n == 1 { Ok(()) } else { Err(lost("the message is gone")) }
             })
         }
+        "credentials-in-flight" => {
+            let (mut left, mut right) = UnixStream::pair()?;
+            let on = 1_i32;
+            sys!(setsockopt(
+                right.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PASSCRED,
+                (&raw const on).cast(),
+                4
+            ))?;
+            left.write_all(b"who")?;
+            Box::new(move || {
+                let mut bytes = [0; 3];
+                right.read_exact(&mut bytes)?;
+                left.write_all(b"who")?;
+                if &bytes == b"who" { Ok(()) } else { Err(lost("other bytes")) }
+            })
+        }
+        "packet-pipe" => {
+            let mut pipe = [0; 2];
+            sys!(pipe2(pipe.as_mut_ptr(), libc::O_DIRECT | libc::O_NONBLOCK))?;
+            let put = move |bytes: &[u8]| sys!(write(pipe[1], bytes.as_ptr().cast(), bytes.len()));
+            put(b"one")?;
+            put(b"two!")?;
+            Box::new(move || {
+                for expected in [&b"one"[..], b"two!"] {
+                    let mut bytes = [0_u8; 64];
+                    let n = sys!(read(pipe[0], bytes.as_mut_ptr().cast(), 64))? as usize;
+                    if &bytes[..n] != expected {
+                        return Err(lost("the packets ran together"));
+                    }
+                    put(expected)?;
+                }
+                Ok(())
+            })
+        }
         "deleted-file" => {
             let path = dir.join("deleted");
             std::fs::write(&path, b"still here")?;

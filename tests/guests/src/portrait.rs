@@ -166,7 +166,7 @@ impl Portrait {
             for line in info.lines() {
                 let name = line.split([':', ' ']).next().unwrap_or("");
                 match name {
-                    "mnt_id" | "ino" | "it_value" | "eventfd-id" | "scm_fds" => {}
+                    "mnt_id" | "ino" | "it_value" | "ticks" | "eventfd-id" | "scm_fds" => {}
                     "tfd" | "inotify" => {
                         let words: Vec<&str> = line.split_whitespace().collect();
                         let line: Vec<&str> = words
