@@ -218,6 +218,19 @@ fn traced() -> io::Result<Works> {
     }))
 }
 
+/// Traces a process until it is killed.
+pub fn trace(pid: &str) -> ExitCode {
+    let pid: i32 = pid.parse().unwrap_or(0);
+    if let Err(error) = sys!(ptrace(libc::PTRACE_SEIZE, pid, 0, 0)) {
+        eprintln!("trace {pid}: {error}");
+        return ExitCode::FAILURE;
+    }
+    println!("tracing");
+    loop {
+        std::thread::sleep(std::time::Duration::from_secs(60));
+    }
+}
+
 fn descriptor(fd: i32, probe: impl Fn(i32) -> io::Result<()> + 'static) -> Works {
     Box::new(move || probe(fd))
 }
@@ -348,6 +361,9 @@ pub fn hold(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
             std::fs::write(&path, b"still here")?;
             let mut file = std::fs::OpenOptions::new().read(true).write(true).open(&path)?;
             std::fs::remove_file(&path)?;
+            // Under which name it was deleted is of no use to anyone; what it holds is.
+            kit.ignore(format!("fd {}:", file.as_raw_fd()));
+            kit.moves(&file);
             Box::new(move || {
                 use std::io::Seek;
                 let mut text = String::new();
