@@ -126,7 +126,7 @@ impl Guest {
     /// The same after an agent was killed, which may leave the table of a batch of system calls mapped: unused, and harmless.
     #[track_caller]
     pub fn verify_after_kill(&self, when: &str) {
-        let residue = |line: &String| line.starts_with("mapping ") && line.contains(": new: ") && line.contains("/dev/zero (deleted)");
+        let residue = |line: &String| line.contains("mapping ") && line.contains(": new: ") && line.contains("/dev/zero (deleted)");
         let (left, wrong): (Vec<String>, Vec<String>) = self.differences().into_iter().partition(residue);
         left.iter().for_each(|line| println!("{when}: left behind: {line}"));
         self.expect_none(&wrong, when);
