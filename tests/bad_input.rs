@@ -105,22 +105,18 @@ fn a_process_of_another_user_without_the_rights() {
 fn a_task_that_is_traced_already() {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "counter", &[]);
-    let outer = hosts.a.outer(guest.pid).unwrap();
-    // Traced from outside of the host, where the agent cannot even see the tracer.
-    let tracer = std::thread::spawn(move || {
-        let pid = nix::unistd::Pid::from_raw(outer);
-        nix::sys::ptrace::seize(pid, nix::sys::ptrace::Options::empty()).unwrap();
-        // Parked until the test is done; the end of the thread detaches.
-        std::thread::park_timeout(Duration::from_secs(60));
-    });
+    let pid = guest.pid.to_string();
+    let tracer = hosts
+        .a
+        .command([migrate_harness::guest_binary().to_str().unwrap(), "trace", &pid])
+        .start();
     within("tracing", Duration::from_secs(5), || {
-        let status = std::fs::read_to_string(format!("/proc/{outer}/status")).unwrap_or_default();
-        (!status.contains("TracerPid:\t0")).then_some(())
+        tracer.stdout().contains("tracing").then_some(())
     });
     let receiver = hosts.b.receive(&Stdio::Null);
     let sent = hosts.a.send(guest.pid, &receiver, &[]);
-    tracer.thread().unpark();
-    tracer.join().unwrap();
+    assert!(tracer.ended().is_none(), "the tracer was harmed");
+    tracer.signal(nix::sys::signal::Signal::SIGKILL);
     sent.expect_code(3).expect_says(&["trace"]);
     assert!(guest.beats());
 }

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 fn there_and_back(name: &str, options: &[(&str, &str)]) {
     let hosts = two_hosts!();
+    // What a guest may want to find on either host.
+    hosts.b.command(["mkfifo", "-m", "600", "/run/fifo"]).start().wait();
     let guest = Guest::start(&hosts.a, name, options);
     let there = hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
     assert!(guest.beats(), "guest {name} does not beat on B");

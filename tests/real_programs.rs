@@ -198,7 +198,7 @@ fn http_counter(argv: &[&str], wait_for: &str) {
     within("start of the server", Duration::from_secs(30), || {
         hosts.read(&out).contains(wait_for).then_some(())
     });
-    let client = HttpClient::start(&hosts, 8000, Duration::from_millis(2));
+    let client = HttpClient::start(&hosts, 8000, Duration::from_millis(5));
     client.wait_for(0, 50);
     let mut pid = server.pid;
     for (from, to) in [(&hosts.a, 1), (&hosts.b, 0)] {

@@ -96,7 +96,7 @@ fn http(hosts: &Hosts) {
     within("start of the server", Duration::from_secs(30), || {
         hosts.read(&out).contains("listening").then_some(())
     });
-    let client = HttpClient::start(hosts, 8000, Duration::from_millis(2));
+    let client = HttpClient::start(hosts, 8000, Duration::from_millis(5));
     client.wait_for(0, 200);
     let moved = hosts.move_tree(&hosts.a, process.pid, &Stdio::Null);
     client.wait_for(1, 200);

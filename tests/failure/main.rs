@@ -64,7 +64,7 @@ fn names(list: &[(&Host, i32)]) -> Vec<String> {
 }
 
 fn counts_on(guest: &Guest, when: &str) {
-    guest.verify(when);
+    guest.verify_after_kill(when);
     let numbers = programs::numbers(&fs::read_to_string(guest.dir().join("count")).unwrap());
     programs::expect_in_order(&numbers);
     assert_eq!(numbers.first(), Some(&1));
@@ -139,14 +139,19 @@ fn killed_at_random_instants(victim: Victim, rounds: u32) {
     println!("{stayed} stayed, {moved} moved");
 }
 
+/// `make chaos` asks for more rounds.
+fn rounds() -> u32 {
+    20 * std::env::var("MIGRATE_CHAOS").ok().and_then(|c| c.parse().ok()).unwrap_or(1)
+}
+
 #[test]
 fn sender_killed_at_random_instants() {
-    killed_at_random_instants(Victim::Sender, 20);
+    killed_at_random_instants(Victim::Sender, rounds());
 }
 
 #[test]
 fn receiver_killed_at_random_instants() {
-    killed_at_random_instants(Victim::Receiver, 20);
+    killed_at_random_instants(Victim::Receiver, rounds());
 }
 
 /// In the middle of a long copy, so that the kill is before the handover for sure.
@@ -168,7 +173,7 @@ fn killed_in_the_middle(victim: Victim) {
     }
     let (host, _) = lives_on_once(&hosts, &guest, "killed in the middle");
     assert_eq!(host.name(), "a", "the handover was not reached");
-    guest.verify("after the kill");
+    guest.verify_after_kill("after the kill");
     assert!(
         eventually(Duration::from_secs(10), || hosts.b.running("migrate-guest").is_empty()),
         "remains on B"

@@ -218,6 +218,19 @@ fn traced() -> io::Result<Works> {
     }))
 }
 
+/// Traces a process until it is killed.
+pub fn trace(pid: &str) -> ExitCode {
+    let pid: i32 = pid.parse().unwrap_or(0);
+    if let Err(error) = sys!(ptrace(libc::PTRACE_SEIZE, pid, 0, 0)) {
+        eprintln!("trace {pid}: {error}");
+        return ExitCode::FAILURE;
+    }
+    println!("tracing");
+    loop {
+        std::thread::sleep(std::time::Duration::from_secs(60));
+    }
+}
+
 fn descriptor(fd: i32, probe: impl Fn(i32) -> io::Result<()> + 'static) -> Works {
     Box::new(move || probe(fd))
 }
@@ -307,11 +320,50 @@ pub fn hold(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
                 if n == 1 { Ok(()) } else { Err(lost("the message is gone")) }
             })
         }
+        "credentials-in-flight" => {
+            let (mut left, mut right) = UnixStream::pair()?;
+            let on = 1_i32;
+            sys!(setsockopt(
+                right.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PASSCRED,
+                (&raw const on).cast(),
+                4
+            ))?;
+            left.write_all(b"who")?;
+            Box::new(move || {
+                let mut bytes = [0; 3];
+                right.read_exact(&mut bytes)?;
+                left.write_all(b"who")?;
+                if &bytes == b"who" { Ok(()) } else { Err(lost("other bytes")) }
+            })
+        }
+        "packet-pipe" => {
+            let mut pipe = [0; 2];
+            sys!(pipe2(pipe.as_mut_ptr(), libc::O_DIRECT | libc::O_NONBLOCK))?;
+            let put = move |bytes: &[u8]| sys!(write(pipe[1], bytes.as_ptr().cast(), bytes.len()));
+            put(b"one")?;
+            put(b"two!")?;
+            Box::new(move || {
+                for expected in [&b"one"[..], b"two!"] {
+                    let mut bytes = [0_u8; 64];
+                    let n = sys!(read(pipe[0], bytes.as_mut_ptr().cast(), 64))? as usize;
+                    if &bytes[..n] != expected {
+                        return Err(lost("the packets ran together"));
+                    }
+                    put(expected)?;
+                }
+                Ok(())
+            })
+        }
         "deleted-file" => {
             let path = dir.join("deleted");
             std::fs::write(&path, b"still here")?;
             let mut file = std::fs::OpenOptions::new().read(true).write(true).open(&path)?;
             std::fs::remove_file(&path)?;
+            // Under which name it was deleted is of no use to anyone; what it holds is.
+            kit.ignore(format!("fd {}:", file.as_raw_fd()));
+            kit.moves(&file);
             Box::new(move || {
                 use std::io::Seek;
                 let mut text = String::new();

@@ -1,7 +1,8 @@
 //! Guests: small programs that set something up, are moved, and find out for themselves whether anything is not as it was.
 //!
 //! `migrate-guest NAME --dir DIR [--option value]...` sets up, prints "ready", then beats into `DIR/control` and takes requests from there.
-//! Asked to verify, it writes "ok" or what differs to `DIR/verdict`. `migrate-guest host NAME` is the first process of a test host.
+//! Asked to verify, it writes "ok" or what differs to `DIR/verdict`. `migrate-guest host NAME` is the first process of a test host,
+//! `migrate-guest trace PID` a debugger that does nothing.
 
 mod counter;
 mod creds;
@@ -31,6 +32,9 @@ fn main() -> ExitCode {
     };
     if name == "host" {
         return host::main(rest.first().map_or("host", |n| n));
+    }
+    if name == "trace" {
+        return hold::trace(rest.first().map_or("", |p| p));
     }
     let options = Options::parse(rest);
     match Kit::new(&options).and_then(|kit| guest(name, kit, &options)) {

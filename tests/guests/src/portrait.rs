@@ -163,10 +163,12 @@ impl Portrait {
             self.put(format!("fd {fd}"), to);
             let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap_or_default();
             let mut kept = String::new();
+            // In the order of kernel addresses, which means nothing.
+            let mut watched = Vec::new();
             for line in info.lines() {
                 let name = line.split([':', ' ']).next().unwrap_or("");
                 match name {
-                    "mnt_id" | "ino" | "it_value" | "eventfd-id" | "scm_fds" => {}
+                    "mnt_id" | "ino" | "it_value" | "ticks" | "eventfd-id" | "scm_fds" => {}
                     "tfd" | "inotify" => {
                         let words: Vec<&str> = line.split_whitespace().collect();
                         let line: Vec<&str> = words
@@ -174,8 +176,7 @@ impl Portrait {
                             .filter(|w| !["ino:", "sdev:", "fhandle", "f_handle:"].iter().any(|p| w.starts_with(p)))
                             .take(if name == "tfd" { 6 } else { 4 })
                             .collect();
-                        kept.push_str(&line.join(" "));
-                        kept.push('\n');
+                        watched.push(normal_events(&line.join(" ")));
                     }
                     _ => {
                         kept.push_str(line);
@@ -183,7 +184,8 @@ impl Portrait {
                     }
                 }
             }
-            self.put(format!("fdinfo {fd}"), kept);
+            watched.sort();
+            self.put(format!("fdinfo {fd}"), kept + &watched.join("\n"));
         }
     }
 
@@ -268,6 +270,16 @@ impl Mapping {
         let follows = self.name.is_empty() || !self.name.starts_with('/') || self.offset + (self.end - self.start) == next.offset;
         self.end == next.start && self.perms == next.perms && self.name == next.name && self.flags == next.flags && follows
     }
+}
+
+/// A used-up one-shot watch has no events left; one that is added anew always has error and hang-up (0x18).
+fn normal_events(line: &str) -> String {
+    let Some((before, rest)) = line.split_once("events: ") else {
+        return line.to_string();
+    };
+    let (events, rest) = rest.split_once(' ').unwrap_or((rest, ""));
+    let events = u32::from_str_radix(events, 16).unwrap_or(0) & !0x18;
+    format!("{before}events: {events:x} {rest}")
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -164,6 +164,8 @@ pub fn signals(mut kit: Kit) -> io::Result<ExitCode> {
     while !INSIDE.load(Ordering::SeqCst) {
         thread::yield_now();
     }
+    // The sleeper is in its read by now.
+    thread::sleep(Duration::from_millis(100));
     let actions = kernel_actions();
     kit.ready()?;
     let mut in_handler = Some(in_handler);

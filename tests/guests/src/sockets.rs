@@ -108,7 +108,6 @@ pub fn sockets(mut kit: Kit) -> io::Result<ExitCode> {
     let (mut left, mut right) = UnixStream::pair()?;
     left.write_all(b"to the right")?;
     right.write_all(b"to the left")?;
-    set(left.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PASSCRED, 1)?;
     let (from, to) = UnixDatagram::pair()?;
     from.send(b"first")?;
     from.send(b"")?;
@@ -121,6 +120,9 @@ pub fn sockets(mut kit: Kit) -> io::Result<ExitCode> {
         seq.as_mut_ptr()
     ))?;
     sys!(send(seq[0], b"packet".as_ptr().cast(), 6, 0))?;
+    // Nothing queued here: what is queued with credentials cannot be queued again by anyone else.
+    let (asks_who, _quiet) = UnixStream::pair()?;
+    set(asks_who.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PASSCRED, 1)?;
     let (mut closing, mut other) = UnixStream::pair()?;
     closing.write_all(b"last")?;
     closing.shutdown(std::net::Shutdown::Write)?;
@@ -133,6 +135,7 @@ pub fn sockets(mut kit: Kit) -> io::Result<ExitCode> {
         unbound,
         left.as_raw_fd(),
         right.as_raw_fd(),
+        asks_who.as_raw_fd(),
         seq[0],
     ];
     let before: Vec<_> = all.iter().map(|fd| image(*fd)).collect();
