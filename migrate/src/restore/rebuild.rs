@@ -412,7 +412,7 @@ impl Rebuild {
 
     fn complete_with(&mut self, tree: &Tree, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
         let failed = |e: fds::RestoreError| PilotError::agent("rebuild descriptors")(io::Error::other(e));
-        let mut built = fds::build(tree.into(), &self.objects, stdio).map_err(failed)?;
+        let mut built = fds::build(tree.into(), &self.objects, stdio, &mut fds::Early::default()).map_err(failed)?;
         let agent_pid = |id: i32| {
             let process = tree.processes.iter().position(|p| p.pid == id).map(|i| self.pids[i]);
             // Threads have the same numbers on both sides, except in a fresh namespace.
