@@ -203,33 +203,11 @@ pub fn open_by_handle(mount: impl AsFd, kind: i32, handle: &[u8]) -> io::Result<
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
 
-/// The handle of a path (name_to_handle_at(2)): its type and bytes. Used by tests as the other half of [`open_by_handle`].
-#[cfg(test)]
-pub fn handle_of(path: &std::ffi::CStr) -> io::Result<(i32, Vec<u8>)> {
-    let mut h = Handle {
-        bytes: MAX_HANDLE as u32,
-        kind: 0,
-        data: [0; MAX_HANDLE],
-    };
-    let mut mount = 0i32;
-    // SAFETY: `h` has room for the `bytes` it announces, `mount` for one int, and the path ends in a zero.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_name_to_handle_at,
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            &raw mut h,
-            &raw mut mount,
-            0,
-        )
-    })?;
-    Ok((h.kind, h.data[..h.bytes as usize].to_vec()))
-}
-
 /// A new unnamed shared memory object of `size` bytes, as mmap(MAP_SHARED | MAP_ANONYMOUS) makes it: its mappings read
 /// "/dev/zero (deleted)" in /proc/PID/maps. Falls back on a memfd where /proc/self/map_files cannot be opened.
 pub fn shared_anonymous(size: u64) -> io::Result<OwnedFd> {
-    let len = usize::try_from(size.max(1)).map_err(io::Error::other)?.next_multiple_of(4096);
+    let len = usize::try_from(size.max(1)).ok().and_then(|n| n.checked_next_multiple_of(4096));
+    let len = len.ok_or_else(|| io::Error::other("too large"))?;
     // SAFETY: a fresh mapping at an address of the kernel's choice; nothing else refers to it.
     let at = unsafe {
         libc::mmap(
@@ -289,7 +267,7 @@ pub fn register(entries: &[Registration<'_>]) -> io::Result<Vec<io::Result<()>>>
         let mut above: HashMap<RawFd, ManuallyDrop<OwnedFd>> = HashMap::new();
         for fd in entries.iter().flat_map(|e| [e.epoll, e.target]) {
             if let Entry::Vacant(slot) = above.entry(fd.as_raw_fd()) {
-                slot.insert(ManuallyDrop::new(rustix::io::fcntl_dupfd_cloexec(fd, highest + 1)?));
+                slot.insert(ManuallyDrop::new(rustix::io::fcntl_dupfd_cloexec(fd, highest.saturating_add(1))?));
             }
         }
         let add = |e: &Registration<'_>| {
