@@ -12,7 +12,6 @@ wanted=(
   ip:iproute2
   make:make
   cc:gcc
-  cmake:cmake
 )
 missing=()
 PATH=$PATH:/usr/sbin:/sbin
