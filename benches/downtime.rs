@@ -1,7 +1,9 @@
-//! The figures of the README, as a table: freeze as a program sees it, throughput against a plain QUIC connection, memory of the agents, scale.
+//! The figures of the README, as a table: freeze as a program sees it, throughput against a plain QUIC connection, memory of the agents,
+//! scale.
 //!
-//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `throughput`, `memory`, `scale`; all of them without any. Rows are printed
-//! as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle counts.
+//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `throughput`, `memory`, `scale`; all of them without any. Rows are
+//! printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle
+//! counts.
 
 use migrate_harness::{Guest, Hosts, Run, Stdio, programs, within};
 use std::{

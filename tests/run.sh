@@ -16,7 +16,9 @@ run() { # what, limit in seconds, arguments of cargo test
   echo "== $what"
   local own
   own=$(mktemp)
-  timeout --kill-after=30 "$limit" cargo test --no-fail-fast "$@" 2>&1 | tee "$own" | grep -vE '^(running [0-9]+ tests?|test .* \.\.\. ok|)$'
+  timeout --kill-after=30 "$limit" cargo test --no-fail-fast "$@" 2>&1 |
+    tee "$own" |
+    grep -vE '^(running [0-9]+ tests?|test .* \.\.\. ok|)$'
   local status=${PIPESTATUS[0]}
   # 101 is cargo's word for a failed test or a failed build; a failed test shows in the log as well.
   if [ "$status" -ne 0 ]; then

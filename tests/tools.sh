@@ -12,11 +12,11 @@ wanted=(
   ip:iproute2
   make:make
   cc:gcc
-  cmake:cmake
 )
 missing=()
+PATH=$PATH:/usr/sbin:/sbin
 for pair in "${wanted[@]}"; do
-  command -v "${pair%%:*}" >/dev/null 2>&1 || PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair##*:}")
+  command -v "${pair%%:*}" >/dev/null 2>&1 || missing+=("${pair##*:}")
 done
 if [ ${#missing[@]} -eq 0 ]; then
   exit 0

@@ -9,7 +9,8 @@ use std::{
     time::Duration,
 };
 
-/// Appends 1, 2, 3 ... to `DIR/count`. `DIR/lease` holds the last number: when it is not the one this process wrote, another one counts too.
+/// Appends 1, 2, 3 ... to `DIR/count`. `DIR/lease` holds the last number: when it is not the one this process wrote, another one counts
+/// too.
 pub fn counter(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     let every = Duration::from_micros(options.number("every-us", 1000));
     let lease = OpenOptions::new()

@@ -282,6 +282,11 @@ impl Kit {
         self.expect("control file", result);
     }
 
+    /// The longest time between two beats so far, nanoseconds.
+    pub fn longest_gap_ns(&self) -> u64 {
+        self.longest_ns
+    }
+
     /// Beats, takes requests, and calls `step` each time round and `verify` when asked; returns the exit code.
     pub fn run(&mut self, mut step: impl FnMut(&mut Kit), mut verify: impl FnMut(&mut Kit)) -> ExitCode {
         loop {

@@ -82,7 +82,8 @@ fn wait_dead(pid: i32) {
     }
 }
 
-/// `--count N` members: by number a plain child, the leader of a group, a member of the last group, the leader of a session, or a grandchild.
+/// `--count N` members: by number a plain child, the leader of a group, a member of the last group, the leader of a session, or a
+/// grandchild.
 pub fn tree(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     let count = options.number("count", 12) as usize;
     let bytes = ((count + 1) * WORDS * 8).next_multiple_of(4096);

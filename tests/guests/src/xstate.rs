@@ -30,7 +30,8 @@ impl Room {
     }
 }
 
-/// Waits while `[flag]` is 0: spins, or sleeps a millisecond at a time in nanosleep when `[flag + 4]` is 1. Uses rax, rcx, rdi, rsi and r11 only.
+/// Waits while `[flag]` is 0: spins, or sleeps a millisecond at a time in nanosleep when `[flag + 4]` is 1. Uses rax, rcx, rdi, rsi and
+/// r11 only.
 macro_rules! hold {
     () => {
         "

@@ -214,7 +214,8 @@ impl Moved {
 }
 
 impl Hosts {
-    /// Moves a tree from a host to the other with `--mode stop`, and fails the test unless both agents are content and only the copy is left.
+    /// Moves a tree from a host to the other with `--mode stop`, and fails the test unless both agents are content and only the copy is
+    /// left.
     #[track_caller]
     pub fn move_tree(&self, from: &Host, pid: i32, out: &Stdio) -> Moved {
         self.move_with(from, pid, out, &[])

@@ -146,8 +146,8 @@ impl Host {
             heard: Mutex::default(),
         };
         fs::create_dir_all(host.dir.join("state")).expect("a directory for the host");
-        // Up means mounted: the first process answers only then. Pids begin far apart, so that those of a tree are free on the other host unless a
-        // test takes them.
+        // Up means mounted: the first process answers only then. Pids begin far apart, so that those of a tree are free on the other host
+        // unless a test takes them.
         host.command(["true"]).pid(if name == "a" { 1000 } else { 15_000 }).start().wait();
         host
     }

@@ -1,8 +1,9 @@
 //! Two hosts on one machine, and what tests do with them.
 //!
 //! A [`Host`] is a set of network, mount, pid, uts and ipc namespaces whose first process reaps everything and starts what a test asks
-//! for. [`Hosts`] joins two of them, A at 10.77.0.1 and B at 10.77.0.2, by a veth pair that exists in no other namespace, so that tests run side
-//! by side. Both see this machine's files, with a private `/run` and `/dev/shm` each. Everything ends with the value that a test holds.
+//! for. [`Hosts`] joins two of them, A at 10.77.0.1 and B at 10.77.0.2, by a veth pair that exists in no other namespace, so that tests
+//! run side by side. Both see this machine's files, with a private `/run` and `/dev/shm` each. Everything ends with the value that a test
+//! holds.
 //!
 //! The agents are the real binary: `MIGRATE_BIN`, or the one that cargo built beside the tests. What a missing tool or missing
 //! rights make impossible is a named skip ([`skip`]), never a silent pass.

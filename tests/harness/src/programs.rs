@@ -58,7 +58,8 @@ print('listening', flush=True)
 server.serve_forever()
 ";
 
-/// Threads, a pool of processes, open files, a pipe to a child and a sleep under way; a line of numbers a round, all of them known beforehand.
+/// Threads, a pool of processes, open files, a pipe to a child and a sleep under way; a line of numbers a round, all of them known
+/// beforehand.
 pub const PYTHON_BUSY: &str = r"
 import hashlib, multiprocessing, os, subprocess, sys, threading, time
 
