@@ -112,12 +112,13 @@ std::arch::global_asm!(
     "mov r9, qword ptr [rbx+48]",
     "test rax, rax",
     "js 24f",
+    "mov rbp, rax",
     "syscall",
     "test rax, rax",
     "jnz 23f",
-    "cmp qword ptr [rbx], 435",
+    "cmp rbp, 435",
     "jne 23f",
-    // the child of clone3
+    // The child of clone3. It may not look at the table: its maker may be through with it and hold the next batch already.
     "mov r12, r9",
     "xor r14d, r14d",
     "jmp 20b",

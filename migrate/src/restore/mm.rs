@@ -115,7 +115,8 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
             libc::MAP_PRIVATE as u64
         };
         if v.flags.grows_down {
-            flags |= (libc::MAP_GROWSDOWN | libc::MAP_STACK) as u64;
+            // Not MAP_STACK: it only forbids huge pages (VM_NOHUGEPAGE).
+            flags |= libc::MAP_GROWSDOWN as u64;
         }
         if v.flags.no_reserve {
             flags |= libc::MAP_NORESERVE as u64;

@@ -320,7 +320,10 @@ impl Pilots {
                 let k = (0..batch.len())
                     .find(|k| self.region.read_u64(s.table() + k * RECORD + 56) as i64 == i64::MIN)
                     .unwrap_or(0);
-                let what = batch.notes.get(k).map_or_else(String::new, |n| n.0.clone());
+                let mut what = batch.notes.get(k).map_or_else(String::new, |n| n.0.clone());
+                // In a fresh pid namespace this number is somebody else's here; then it only says less.
+                let look = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default().trim().to_owned();
+                what = format!("{what}; decision {}, task {} {}", self.word.word(WORD).load(Ordering::Acquire), look("syscall"), look("wchan"));
                 return Err(PilotError::Silent {
                     pid,
                     ms: start.elapsed().as_millis(),

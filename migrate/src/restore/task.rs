@@ -48,8 +48,8 @@ pub fn process(p: &Process, tree: &Tree, zombies: usize) -> Batch {
     }
     for (i, a) in p.sigactions.iter().enumerate() {
         let signal = i as u64 + 1;
-        // A fresh process has every signal at its default.
-        if matches!(signal as i32, libc::SIGKILL | libc::SIGSTOP) || *a == Default::default() {
+        // Default ones too: the pilots inherit the agent's.
+        if matches!(signal as i32, libc::SIGKILL | libc::SIGSTOP) {
             continue;
         }
         let mut s = Vec::with_capacity(32);
