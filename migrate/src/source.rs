@@ -105,15 +105,29 @@ pub fn check_pid(pid: i32) -> Result<(), Failure> {
     Ok(())
 }
 
+const INVENTORY_TRIES: u64 = 8;
+
 /// Reads the running tree for preflight and refuses what cannot move.
 pub fn inventory(pid: i32) -> Result<Dumped, Failure> {
     check_pid(pid)?;
     let host = dump::host::host().map_err(|e| Failure::failed("inventory", pid, format!("cannot examine this host: {e}")))?;
-    let d = dump::tree::inventory(pid, host).map_err(|e| {
-        let f = Failure::refused("inventory", pid, format!("cannot examine the tree: {e}"), Vec::new());
-        f.with_fix("run migrate as root, and see whether the process still runs")
-    })?;
-    Ok(d)
+    // The tree runs meanwhile: processes vanish between two looks, and a pipe whose ends were seen at different moments looks as if it led
+    // outside. What is really in the way is there every time.
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let last = tries >= INVENTORY_TRIES;
+        match dump::tree::inventory(pid, host.clone()) {
+            Ok(d) if last || d.blockers.iter().all(|b| b.transient) => return Ok(d),
+            Ok(_) => {}
+            Err(_) if !last && Path::new(&format!("/proc/{pid}")).exists() => {}
+            Err(e) => {
+                let f = Failure::refused("inventory", pid, format!("cannot examine the tree: {e}"), Vec::new());
+                return Err(f.with_fix("run migrate as root, and see whether the process still runs"));
+            }
+        }
+        std::thread::sleep(Duration::from_millis(2 + tries * 3));
+    }
 }
 
 /// A new migration's id.
@@ -143,12 +157,13 @@ pub struct Snapshot {
     pub collect: Duration,
 }
 
-/// How often and how long a freeze that meets transient blockers is tried again.
-const FREEZE_TRIES: u32 = 50;
+/// How long a freeze that meets transient blockers is tried again.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Freezes the tree and reads it. On `Ok` it stays frozen on the tracer thread, until [`thaw`], [`kill`] or the end of that thread.
 pub async fn freeze(tracer: &Tracer, pid: i32, host: &Host, cancel: &CancellationToken) -> Result<Snapshot, Failure> {
-    let mut tries = 0;
+    let mut tries = 0u32;
+    let end = Instant::now() + FREEZE_PATIENCE;
     loop {
         let host = host.clone();
         let r = tracer
@@ -160,7 +175,7 @@ pub async fn freeze(tracer: &Tracer, pid: i32, host: &Host, cancel: &Cancellatio
             Err(blockers) => {
                 tries += 1;
                 let lasting = blockers.iter().any(|b| !b.transient);
-                if lasting || tries >= FREEZE_TRIES {
+                if lasting || Instant::now() > end {
                     let m = if lasting {
                         "the tree cannot move"
                     } else {

@@ -70,6 +70,8 @@ pub struct Proc {
     pub pid: i32,
     /// Index of its parent in the tree.
     pub parent: Option<usize>,
+    /// The thread of the parent it is a child of, the agent's namespace; 0 for the root.
+    pub parent_tid: i32,
     /// Its threads, the leader first; none for a zombie.
     pub tasks: Vec<Task>,
     /// /proc/PID/stat at discovery.
@@ -95,13 +97,13 @@ pub struct Frozen {
     _thread: PhantomData<*const ()>,
 }
 
-/// A process found by the search: (pid, index of its parent).
-pub fn discover(root: i32) -> io::Result<Vec<(i32, Option<usize>)>> {
-    let mut found = vec![(root, None)];
+/// The processes below and with a root: (pid, index of the parent, the parent's thread).
+pub fn discover(root: i32) -> io::Result<Vec<(i32, Option<usize>, i32)>> {
+    let mut found = vec![(root, None, 0)];
     let mut i = 0;
     while i < found.len() {
         match procfs::children(found[i].0) {
-            Ok(c) => found.extend(c.into_iter().map(|c| (c, Some(i)))),
+            Ok(c) => found.extend(c.into_iter().map(|(child, tid)| (child, Some(i), tid))),
             Err(e) if e.kind() == io::ErrorKind::Unsupported => return Err(e),
             Err(_) if i > 0 => {} // gone between two reads; its zombie shows in the next pass or it was reaped
             Err(e) => return Err(e),
@@ -133,7 +135,7 @@ impl Frozen {
         };
         loop {
             let mut fresh: Vec<(usize, i32)> = Vec::new();
-            for (pid, parent) in discover(root).map_err(|_| FreezeError::Gone(root))? {
+            for (pid, parent, parent_tid) in discover(root).map_err(|_| FreezeError::Gone(root))? {
                 let Ok(st) = stat::read(pid) else {
                     if pid == root {
                         return Err(FreezeError::Gone(root));
@@ -150,6 +152,7 @@ impl Frozen {
                         f.procs.push(Proc {
                             pid,
                             parent,
+                            parent_tid,
                             tasks: Vec::new(),
                             stat: st.clone(),
                         });
@@ -157,6 +160,7 @@ impl Frozen {
                     }
                 };
                 f.procs[at].stat = st;
+                f.procs[at].parent_tid = parent_tid;
                 let tids = procfs::tasks(pid).unwrap_or_default();
                 for tid in tids {
                     if f.procs[at].tasks.iter().any(|t| t.tid == tid) || fresh.iter().any(|(_, t)| *t == tid) {

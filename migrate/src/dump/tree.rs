@@ -52,7 +52,7 @@ pub fn place(pid: i32) -> String {
 /// Looks at a running tree without stopping anything.
 pub fn inventory(root: i32, host: Host) -> Result<Dumped, DumpError> {
     let mut procs = Vec::new();
-    for (pid, parent) in discover(root)? {
+    for (pid, parent, parent_tid) in discover(root)? {
         let Ok(stat) = stat::read(pid) else { continue };
         let tids = if stat.state == b'Z' {
             Vec::new()
@@ -68,7 +68,7 @@ pub fn inventory(root: i32, host: Host) -> Result<Dumped, DumpError> {
             })
             .collect();
         tasks.sort_by_key(|t| (t.tid != pid, t.tid));
-        procs.push(Proc { pid, parent, tasks, stat });
+        procs.push(Proc { pid, parent, parent_tid, tasks, stat });
     }
     let mut asked: Vec<_> = procs.iter().map(|_| task::Asked::default()).collect();
     collect(&procs, &mut asked, host, fds::Mode::Inventory)
@@ -154,7 +154,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
             Err(e) => return Err(e.into()),
         };
         if p.is_zombie() {
-            processes.push(zombie(p, &st));
+            processes.push(zombie(p, &st, procs));
             continue;
         }
         let here = place(p.pid);
@@ -227,6 +227,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         processes.push(Process {
             pid: st.inner_tgid(),
             parent: p.parent.map(|x| x as u32),
+            parent_tid: inner_parent(p, procs),
             pgid: st.ns_pgid.last().copied().unwrap_or(0),
             sid: st.ns_sid.last().copied().unwrap_or(0),
             zombie: None,
@@ -285,10 +286,17 @@ fn online_cpus() -> Vec<u64> {
     misc::affinity(1).or_else(|_| misc::affinity(0)).unwrap_or_default()
 }
 
-fn zombie(p: &Proc, st: &status::Status) -> Process {
+/// The parent's thread, as the tree numbers it.
+fn inner_parent(p: &Proc, procs: &[Proc]) -> i32 {
+    let Some(parent) = p.parent.and_then(|i| procs.get(i)) else { return 0 };
+    status::read_task(parent.pid, p.parent_tid).map_or(0, |s| s.inner_pid())
+}
+
+fn zombie(p: &Proc, st: &status::Status, procs: &[Proc]) -> Process {
     Process {
         pid: st.inner_tgid(),
         parent: p.parent.map(|x| x as u32),
+        parent_tid: inner_parent(p, procs),
         pgid: st.ns_pgid.last().copied().unwrap_or(0),
         sid: st.ns_sid.last().copied().unwrap_or(0),
         zombie: Some(p.stat.exit_code),

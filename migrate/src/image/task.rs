@@ -9,6 +9,8 @@ pub struct Process {
     pub pid: i32,
     /// Index of the parent in [`super::Tree::processes`]; `None` for the root.
     pub parent: Option<u32>,
+    /// The thread of the parent that made it, which PR_SET_PDEATHSIG and __WNOTHREAD go by; 0 for the root.
+    pub parent_tid: i32,
     /// Process group; 0 when its leader is outside the tree's pid namespace.
     pub pgid: i32,
     /// Session; 0 when its leader is outside the tree's pid namespace.

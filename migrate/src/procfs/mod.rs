@@ -55,15 +55,15 @@ pub fn tasks(pid: i32) -> io::Result<Vec<i32>> {
     Ok(v)
 }
 
-/// Children of every thread of a process (needs CONFIG_PROC_CHILDREN).
-pub fn children(pid: i32) -> io::Result<Vec<i32>> {
+/// Children of every thread of a process, with that thread (needs CONFIG_PROC_CHILDREN).
+pub fn children(pid: i32) -> io::Result<Vec<(i32, i32)>> {
     let mut v = Vec::new();
     for tid in tasks(pid)? {
         match std::fs::read(format!("/proc/{pid}/task/{tid}/children")) {
             Ok(b) => v.extend(
                 String::from_utf8_lossy(&b)
                     .split_ascii_whitespace()
-                    .filter_map(|s| s.parse::<i32>().ok()),
+                    .filter_map(|s| Some((s.parse::<i32>().ok()?, tid))),
             ),
             Err(e) if e.kind() == io::ErrorKind::NotFound && path(pid, "task").exists() => {
                 if !std::path::Path::new("/proc/thread-self/children").exists() {

@@ -136,6 +136,7 @@ mod tests {
         Process {
             pid,
             parent,
+            parent_tid: 0,
             pgid: pid,
             sid,
             zombie: None,

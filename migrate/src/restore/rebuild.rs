@@ -218,34 +218,29 @@ impl Rebuild {
         Ok(())
     }
 
-    /// Makes the children of process `i`, and theirs.
+    /// Makes the threads of process `i`, its children, each from the thread that is its parent, and theirs.
     fn descend(&mut self, i: usize, steps: &[Vec<Step>]) -> Result<(), PilotError> {
-        let slot = self.slots[i][0];
+        self.threads(i)?;
         for step in &steps[i] {
             let mut b = Batch::new();
             match *step {
                 Step::Setsid => {
                     b.call_eq("setsid", self.tree.processes[i].pid as i64, libc::SYS_setsid, &[]);
-                    self.pilots.run(slot, &b)?;
+                    self.pilots.run(self.slots[i][0], &b)?;
                 }
                 Step::Clone(c) => {
                     let child = &self.tree.processes[c];
                     let pid = child.pid;
                     let exit_signal = child.exit_signal.max(0) as u64;
+                    let at = self.tree.processes[i].threads.iter().position(|t| t.tid == child.parent_tid).unwrap_or(0);
+                    let slot = self.slots[i][at];
                     let control = self.pilots.control(self.slots[c][0], self.tree.processes[i].pid);
                     let set_tid = b.data(&pid.to_le_bytes());
                     let set_tid = self.pilots.address_of(slot, set_tid);
-                    let args: Vec<u8> = [0, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0]
-                        .iter()
-                        .flat_map(|v: &u64| v.to_le_bytes())
-                        .collect();
+                    let args: Vec<u8> =
+                        [0, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0].iter().flat_map(|v: &u64| v.to_le_bytes()).collect();
                     let args = b.data(&args);
-                    b.call_eq(
-                        format!("create process {pid}"),
-                        pid as i64,
-                        libc::SYS_clone3,
-                        &[args, 88, 0, 0, 0, control],
-                    );
+                    b.call_eq(format!("create process {pid}"), pid as i64, libc::SYS_clone3, &[args, 88, 0, 0, 0, control]);
                     self.pilots.run(slot, &b)?;
                     self.descend(c, steps)?;
                 }
@@ -264,7 +259,7 @@ impl Rebuild {
         }
         let find = || -> io::Result<HashMap<i32, i32>> {
             let mut map = HashMap::new();
-            for (pid, _) in crate::tracer::discover(self.pids[0])? {
+            for (pid, ..) in crate::tracer::discover(self.pids[0])? {
                 map.insert(status::read(pid)?.inner_pid(), pid);
             }
             Ok(map)
@@ -436,11 +431,10 @@ impl Rebuild {
             for b in mm::after_pages(mm, guards.get(p.mm as usize).unwrap_or(&none), records - 8) {
                 self.pilots.run(slot, &b)?;
             }
-            self.threads(i, tree)?;
         }
         // Zombies end now, while their parents still take no notice.
         for (i, p) in tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_some()) {
-            self.end_zombie(i, p.zombie.unwrap_or(0), &p.comm)?;
+            self.end_zombie(i, p.pid, p.zombie.unwrap_or(0), &p.comm)?;
         }
         let bounding = status::read_task(std::process::id() as i32, std::process::id() as i32)
             .map(|s| s.caps[3])
@@ -588,8 +582,8 @@ impl Rebuild {
         fds::fill_epoll(&rest, built).map_err(|e| PilotError::agent("rebuild an epoll instance")(io::Error::other(e)))
     }
 
-    fn threads(&mut self, i: usize, tree: &Tree) -> Result<(), PilotError> {
-        let p = &tree.processes[i];
+    fn threads(&mut self, i: usize) -> Result<(), PilotError> {
+        let p = &self.tree.processes[i];
         let leader = self.slots[i][0];
         let others: Vec<(usize, i32)> = self.slots[i]
             .iter()
@@ -603,7 +597,7 @@ impl Rebuild {
             for &(slot, tid) in group {
                 let ppid = p.parent.map_or_else(
                     || if self.fresh { 0 } else { std::process::id() as i32 },
-                    |parent| tree.processes[parent as usize].pid,
+                    |parent| self.tree.processes[parent as usize].pid,
                 );
                 let control = self.pilots.control(slot, ppid);
                 let set_tid = b.data(&tid.to_le_bytes());
@@ -625,8 +619,7 @@ impl Rebuild {
         Ok(())
     }
 
-    fn end_zombie(&mut self, i: usize, code: i32, comm: &str) -> Result<(), PilotError> {
-        let pid = self.tree_pid(i);
+    fn end_zombie(&mut self, i: usize, pid: i32, code: i32, comm: &str) -> Result<(), PilotError> {
         let mut b = Batch::new();
         let mut name = comm.as_bytes().to_vec();
         name.resize(16, 0);
@@ -640,7 +633,7 @@ impl Rebuild {
             let limit = b.data(&[0; 16]);
             b.call("no core file", libc::SYS_prlimit64, &[0, libc::RLIMIT_CORE as u64, limit, 0]);
             let none = b.data(&[0; 8]);
-            b.call("kill itself", libc::SYS_kill, &[pid as u64, signal as u64]);
+            b.call("kill itself", libc::SYS_tgkill, &[pid as u64, pid as u64, signal as u64]);
             b.call("take the signal", libc::SYS_rt_sigprocmask, &[libc::SIG_SETMASK as u64, none, 0, 8]);
         }
         self.pilots.post(self.slots[i][0], &b);
@@ -658,10 +651,6 @@ impl Rebuild {
             std::thread::sleep(Duration::from_micros(20));
         }
         Ok(())
-    }
-
-    fn tree_pid(&self, i: usize) -> i32 {
-        self.tree.processes.get(i).map_or(0, |p| p.pid)
     }
 
     /// Root pid in the agent's namespace.
@@ -736,7 +725,12 @@ impl Drop for Rebuild {
 
 /// Unmaps `range` in a running process once none of its threads is inside.
 fn unmap(pid: i32, range: (u64, u64)) -> io::Result<()> {
-    if !maps::maps(pid)?.iter().any(|m| m.start < range.1 && m.end > range.0) {
+    let maps = match maps::maps(pid) {
+        // It ended meanwhile, or runs another program: nothing is left to do.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) || e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        m => m?,
+    };
+    if !maps.iter().any(|m| m.start < range.1 && m.end > range.0) {
         return Ok(());
     }
     let mut tids = procfs::tasks(pid)?;
