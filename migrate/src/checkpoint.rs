@@ -133,9 +133,8 @@ pub fn checkpoint(options: &CheckpointOptions, events: &Events, cancel: &Cancell
     let pid = options.pid;
     events(Event::Phase { phase: "inventory" });
     let inv = source::inventory(pid)?;
-    let lasting: Vec<_> = inv.blockers.into_iter().filter(|b| !b.transient).collect();
-    if !lasting.is_empty() {
-        return Err(Failure::refused("preflight", pid, "the tree cannot be saved", lasting));
+    if !inv.blockers.is_empty() {
+        return Err(Failure::refused("preflight", pid, "the tree cannot be saved", inv.blockers));
     }
     fs::create_dir_all(&options.dir).map_err(|e| fail("preflight", pid, format!("cannot make {}: {e}", options.dir.display())))?;
     let name = match &options.name {
@@ -617,7 +616,7 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
     let pids = if fresh { Pids::Fresh } else { Pids::Here };
     let skeleton = tracer
         .call_blocking(move || {
-            let copy = Rebuild::skeleton(tree, &word, pids).map_err(|e| e.to_string())?;
+            let copy = Rebuild::skeleton(tree, &word, pids, false).map_err(|e| e.to_string())?;
             let sink = copy.sink().map_err(|e| e.to_string())?;
             Ok::<_, String>((copy, sink))
         })

@@ -100,7 +100,11 @@ pub async fn serve<L: Link>(
         .await
         .map_err(lost("preflight"))?;
     if check_only {
-        let _ = tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await;
+        while let Ok(Ok(Message::Probe(_))) = tokio::time::timeout(Duration::from_secs(10), wire::recv(&mut link)).await {
+            if wire::send(&mut link, &Message::Pending).await.is_err() {
+                break;
+            }
+        }
         return Ok(Served::Answered);
     }
 
@@ -236,7 +240,7 @@ async fn build<L: Link>(
             } else {
                 Pids::Fresh
             };
-            let copy = Rebuild::skeleton(tree, &word, pids).map_err(|e| e.to_string())?;
+            let copy = Rebuild::skeleton(tree, &word, pids, true).map_err(|e| e.to_string())?;
             let sink = copy.sink().map_err(|e| format!("cannot reach the copy's memory: {e}"))?;
             Ok::<_, String>((copy, sink))
         })

@@ -106,27 +106,35 @@ pub fn check_pid(pid: i32) -> Result<(), Failure> {
 }
 
 const INVENTORY_TRIES: u64 = 8;
+/// How long a tree may take until nothing transient is in the way.
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// Reads the running tree for preflight and refuses what cannot move.
 pub fn inventory(pid: i32) -> Result<Dumped, Failure> {
     check_pid(pid)?;
     let host = dump::host::host().map_err(|e| Failure::failed("inventory", pid, format!("cannot examine this host: {e}")))?;
     // The tree runs meanwhile: processes vanish between two looks, and a pipe whose ends were seen at different moments looks as if it led
-    // outside. What is really in the way is there every time.
+    // outside. What is really in the way is there every time; what passes by itself is given some seconds.
     let mut tries = 0;
+    let end = Instant::now() + SETTLE;
     loop {
         tries += 1;
         let last = tries >= INVENTORY_TRIES;
         match dump::tree::inventory(pid, host.clone()) {
-            Ok(d) if last || d.blockers.iter().all(|b| b.transient) => return Ok(d),
-            Ok(_) => {}
+            Ok(d) if d.blockers.is_empty() => return Ok(d),
+            Ok(d) => {
+                let passing = d.blockers.iter().all(|b| b.transient);
+                if (last && !passing) || Instant::now() > end {
+                    return Ok(d);
+                }
+            }
             Err(_) if !last && Path::new(&format!("/proc/{pid}")).exists() => {}
             Err(e) => {
                 let f = Failure::refused("inventory", pid, format!("cannot examine the tree: {e}"), Vec::new());
                 return Err(f.with_fix("run migrate as root, and see whether the process still runs"));
             }
         }
-        std::thread::sleep(Duration::from_millis(2 + tries * 3));
+        std::thread::sleep(Duration::from_millis((2 + tries * 3).min(40)));
     }
 }
 
@@ -188,6 +196,10 @@ pub async fn freeze(tracer: &Tracer, pid: i32, host: &Host, cancel: &Cancellatio
                 tokio::select! {
                     () = tokio::time::sleep(wait) => {}
                     () = cancel.cancelled() => return Err(interrupted(pid)),
+                }
+                // Looking costs the program nothing: it is stopped again only when the way seems clear.
+                if tries > 3 {
+                    let _ = tokio::task::spawn_blocking(move || inventory(pid)).await;
                 }
             }
         }
@@ -276,9 +288,8 @@ pub async fn send<C: Connector>(
     let inv = tokio::task::spawn_blocking(move || inventory(pid))
         .await
         .map_err(|e| Failure::failed("inventory", pid, e))??;
-    let lasting: Vec<Blocker> = inv.blockers.iter().filter(|b| !b.transient).cloned().collect();
-    if !lasting.is_empty() {
-        return Err(Failure::refused("preflight", pid, "the tree cannot move", lasting));
+    if !inv.blockers.is_empty() {
+        return Err(Failure::refused("preflight", pid, "the tree cannot move", inv.blockers));
     }
     if options.mode != Mode::Stop {
         return Err(
@@ -296,6 +307,7 @@ pub async fn send<C: Connector>(
     let id = new_id();
     let host = inv.tree.host.clone();
     let lost = |phase: &'static str| move |e: WireError| Failure::failed(phase, pid, format!("{e}; the program runs on here"));
+    let counts = Counts::of(&inv.tree, &inv.pids);
     let message = Message::Inventory(Inventory {
         id: id.clone(),
         tree: inv.tree,
@@ -337,13 +349,10 @@ pub async fn send<C: Connector>(
         }
     }
     if options.dry_run {
-        return Ok(Report {
-            outcome: "predicted".into(),
-            id,
-            pid,
-            total_ms: ms(start.elapsed()),
-            ..Default::default()
-        });
+        phase("predict");
+        let p = predict(&mut link, &counts).await.map_err(lost("predict"))?;
+        link.close("rehearsed").await;
+        return Ok(Report { outcome: "predicted".into(), id, pid, agent_peak_rss: misc::peak_rss(), ..p });
     }
 
     let tracer = Tracer::start().map_err(|e| Failure::failed("freeze", pid, e))?;
@@ -528,6 +537,66 @@ pub async fn ask_again<C: Connector>(connector: &C, id: &str, limit: Duration) -
         pause = (pause * 2).min(Duration::from_secs(2));
     }
     None
+}
+
+/// What a prediction goes by.
+struct Counts {
+    processes: u32,
+    threads: u32,
+    bytes: u64,
+}
+
+impl Counts {
+    fn of(tree: &Tree, pids: &[i32]) -> Counts {
+        // Shared objects are counted by their size, which is at most too much.
+        let private = tree.processes.iter().zip(pids).filter(|(p, _)| p.zombie.is_none()).filter_map(|(p, pid)| {
+            let mm = tree.mms.get(p.mm as usize)?;
+            pages::plan_mm(*pid, p.mm, mm).ok().map(|(plan, _)| plan.bytes())
+        });
+        Counts {
+            processes: tree.processes.len() as u32,
+            threads: tree.processes.iter().map(|p| p.threads.len() as u32).sum(),
+            bytes: private.sum::<u64>() + tree.objects.iter().map(|o| o.size).sum::<u64>(),
+        }
+    }
+}
+
+/// Predicts a stop-and-copy migration: the link is measured with some random bytes, nothing is stopped.
+async fn predict<L: Link>(link: &mut L, c: &Counts) -> Result<Report, WireError> {
+    let start = Instant::now();
+    let mut probe = vec![0u8; 8 << 20];
+    let _ = File::open("/dev/urandom").and_then(|mut f| io::Read::read_exact(&mut f, &mut probe));
+    let mut best = f64::INFINITY;
+    let mut rtt = Duration::MAX;
+    for k in 0..4 {
+        let t = Instant::now();
+        // A small one for the round trip, then large ones for the rate.
+        let bytes = if k == 0 { vec![0] } else { probe.clone() };
+        wire::send(link, &Message::Probe(bytes)).await?;
+        match wire::recv(link).await? {
+            Message::Pending => {}
+            other => return Err(WireError::Protocol(format!("{} instead of an answer to a probe", other.name()))),
+        }
+        if k == 0 {
+            rtt = t.elapsed();
+        } else {
+            best = best.min(t.elapsed().saturating_sub(rtt).as_secs_f64() / probe.len() as f64);
+        }
+    }
+    // Stop, collect and rebuild: milliseconds for the first process, then by the piece (measured, docs/benchmarks.md).
+    let fixed = 4.0 + 0.4 * f64::from(c.processes.saturating_sub(1)) + 0.06 * f64::from(c.threads) + ms(rtt);
+    let wire_ms = best * c.bytes as f64 * 1000.0;
+    let round = Round { pages: c.bytes / crate::image::PAGE, zero_pages: 0, bytes: c.bytes, ms: wire_ms };
+    Ok(Report {
+        processes: c.processes,
+        threads: c.threads,
+        rounds: vec![round],
+        downtime_ms: fixed + wire_ms,
+        downtime: Downtime { transfer_ms: wire_ms, restore_ms: fixed, ..Default::default() },
+        total_ms: ms(start.elapsed()),
+        bytes_sent: link.bytes_sent(),
+        ..Default::default()
+    })
 }
 
 fn ms(d: Duration) -> f64 {

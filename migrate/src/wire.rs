@@ -41,8 +41,10 @@ pub enum Message {
     Aborted(String),
     /// What became of a migration?
     Query(String),
-    /// It is not decided yet.
+    /// It is not decided yet; or a probe has arrived.
     Pending,
+    /// Bytes to measure the link with, in a rehearsal.
+    Probe(#[serde(with = "serde_bytes")] Vec<u8>),
 }
 
 /// A running tree as the source sees it.
@@ -112,6 +114,7 @@ impl Message {
             Message::Aborted(_) => 7,
             Message::Query(_) => 8,
             Message::Pending => 9,
+            Message::Probe(_) => 10,
         }
     }
 
@@ -126,9 +129,7 @@ impl Message {
             "Handover",
             "Running",
             "Aborted",
-            "Query",
-            "Pending",
-        ][self.kind() as usize]
+            "Query", "Pending", "Probe"][self.kind() as usize]
     }
 }
 
@@ -143,32 +144,47 @@ pub enum WireError {
     Protocol(String),
 }
 
+/// A piece of a message that is longer than a section may be; the last piece has the message's own kind.
+const PART: u16 = 100;
+const PART_LEN: usize = 8 << 20;
+
 /// Sends a message.
 pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
     let payload = codec::encode(m).map_err(|e| WireError::Protocol(format!("nothing: {} does not encode: {e}", m.name())))?;
-    Ok(link
-        .send(Section {
-            kind: m.kind(),
-            version: VERSION,
-            payload: payload.into(),
-        })
-        .await?)
+    let mut payload = bytes::Bytes::from(payload);
+    while payload.len() > PART_LEN {
+        link.send(Section { kind: PART, version: VERSION, payload: payload.split_to(PART_LEN) }).await?;
+    }
+    Ok(link.send(Section { kind: m.kind(), version: VERSION, payload }).await?)
 }
 
 /// Receives a message.
 pub async fn recv<L: Link>(link: &mut L) -> Result<Message, WireError> {
-    let s = link.recv().await?;
-    if s.version != VERSION {
-        return Err(WireError::Protocol(format!(
-            "message {} in version {}, this side knows {VERSION}",
-            s.kind, s.version
-        )));
+    let mut parts: Vec<u8> = Vec::new();
+    loop {
+        let s = link.recv().await?;
+        if s.version != VERSION {
+            return Err(WireError::Protocol(format!("message {} in version {}, this side knows {VERSION}", s.kind, s.version)));
+        }
+        if parts.len() + s.payload.len() > codec::LIMIT {
+            return Err(WireError::Protocol(format!("a message longer than {} MiB", codec::LIMIT >> 20)));
+        }
+        if s.kind == PART {
+            parts.extend_from_slice(&s.payload);
+            continue;
+        }
+        let whole = if parts.is_empty() {
+            s.payload
+        } else {
+            parts.extend_from_slice(&s.payload);
+            std::mem::take(&mut parts).into()
+        };
+        let m: Message = codec::decode(&whole).map_err(|e| WireError::Protocol(format!("a message of kind {}: {e}", s.kind)))?;
+        if m.kind() != s.kind {
+            return Err(WireError::Protocol(format!("a {} labelled as kind {}", m.name(), s.kind)));
+        }
+        return Ok(m);
     }
-    let m: Message = codec::decode(&s.payload).map_err(|e| WireError::Protocol(format!("a message of kind {}: {e}", s.kind)))?;
-    if m.kind() != s.kind {
-        return Err(WireError::Protocol(format!("a {} labelled as kind {}", m.name(), s.kind)));
-    }
-    Ok(m)
 }
 
 #[cfg(test)]

@@ -408,6 +408,20 @@ fn process_blockers(
             );
         }
     }
+    // A pid namespace made by an earlier migration comes with a mount namespace of its own, and the whole tree is in both.
+    let ns = |pid: i32, name: &str| procfs::link(pid, &format!("ns/{name}")).ok();
+    let me = std::process::id() as i32;
+    for (name, what) in [("mnt", "mount"), ("pid", "pid"), ("time", "time")] {
+        if ns(p.pid, name) != ns(procs[0].pid, name) {
+            block(format!("it is in another {what} namespace than the root of the tree"), "migrate it as a tree of its own");
+        }
+    }
+    if i == 0 && ns(p.pid, "mnt") != ns(me, "mnt") && ns(p.pid, "pid") == ns(me, "pid") {
+        block("it is in another mount namespace than this agent".into(), "run migrate inside that namespace (nsenter -m)");
+    }
+    if ns(p.pid, "pid_for_children") != ns(p.pid, "pid") {
+        block("its children would be born into another pid namespace (unshare)".into(), "such programs cannot move");
+    }
     if let Ok(root) = procfs::link(p.pid, "root")
         && root != b"/"
     {

@@ -269,10 +269,10 @@ pub fn validate(mm: &Mm) -> Result<(), PilotError> {
 }
 
 /// Opens a file that a mapping or an executable needs, and proves that it is the one the source had.
-pub fn open_mapped(file: &FileId, write: bool) -> std::io::Result<std::fs::File> {
+pub fn open_mapped(file: &FileId, write: bool, fresh: bool) -> std::io::Result<std::fs::File> {
     let path = crate::dump::files::as_path(&file.path);
     let fail = |m: String| std::io::Error::other(format!("{}: {m}", path.display()));
-    let usage = if write { FileUse::Write { frozen: true } } else { FileUse::Read };
+    let usage = if write { FileUse::Write { frozen: fresh } } else { FileUse::Read };
     same_file(file, usage).map_err(fail)?;
     std::fs::OpenOptions::new()
         .read(true)

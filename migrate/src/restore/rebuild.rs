@@ -65,11 +65,14 @@ pub struct Rebuild {
     /// The fresh mount namespace, for the root to enter.
     mount_namespace: Option<File>,
     fresh: bool,
+    /// The freeze was just now, so written files are exactly as it left them.
+    fresh_files: bool,
 }
 
 impl Rebuild {
-    /// Processes and mappings, empty and waiting. `word` holds the decision page.
-    pub fn skeleton(tree: Tree, word: &File, pids: Pids) -> Result<Rebuild, PilotError> {
+    /// Processes and mappings, empty and waiting. `word` holds the decision page; `fresh_files`: the freeze was just now, so written files
+    /// must be exactly as it left them.
+    pub fn skeleton(tree: Tree, word: &File, pids: Pids, fresh_files: bool) -> Result<Rebuild, PilotError> {
         for m in &tree.mms {
             mm::validate(m)?;
         }
@@ -126,6 +129,7 @@ impl Rebuild {
             released: false,
             init: None,
             mount_namespace: None,
+            fresh_files,
             fresh: pids == Pids::Fresh,
         };
         r.root(theirs)?;
@@ -344,7 +348,7 @@ impl Rebuild {
                     let write = *writable && v.shared;
                     let key = (file.path.clone(), write);
                     if !index.contains_key(&key) {
-                        let f = mm::open_mapped(file, write).map_err(|e| PilotError::agent("open a mapped file")(io::Error::other(e)))?;
+                        let f = mm::open_mapped(file, write, self.fresh_files).map_err(|e| PilotError::agent("open a mapped file")(io::Error::other(e)))?;
                         index.insert(key, raw.len() as u64);
                         raw.push(f.as_raw_fd());
                         files.push(f);
@@ -363,7 +367,7 @@ impl Rebuild {
                 _ => {}
             }
         }
-        let exe = mm::open_mapped(&mm.exe, false).map_err(|e| PilotError::agent("open the executable")(io::Error::other(e)))?;
+        let exe = mm::open_mapped(&mm.exe, false, true).map_err(|e| PilotError::agent("open the executable")(io::Error::other(e)))?;
         let exe_fd = raw.len() as u64;
         raw.push(exe.as_raw_fd());
         self.give(i, &raw)?;
@@ -407,7 +411,7 @@ impl Rebuild {
 
     fn complete_with(&mut self, tree: &Tree, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
         let failed = |e: fds::RestoreError| PilotError::agent("rebuild descriptors")(io::Error::other(e));
-        let mut built = fds::build(tree.into(), &self.objects, stdio, &mut fds::Early::default()).map_err(failed)?;
+        let mut built = fds::build(fds::Input { fresh: self.fresh_files, ..tree.into() }, &self.objects, stdio, &mut fds::Early::default()).map_err(failed)?;
         let agent_pid = |id: i32| {
             let process = tree.processes.iter().position(|p| p.pid == id).map(|i| self.pids[i]);
             // Threads have the same numbers on both sides, except in a fresh namespace.
@@ -633,6 +637,9 @@ impl Rebuild {
             let limit = b.data(&[0; 16]);
             b.call("no core file", libc::SYS_prlimit64, &[0, libc::RLIMIT_CORE as u64, limit, 0]);
             let none = b.data(&[0; 8]);
+            // The pilots inherit the agent's handlers.
+            let default = b.data(&[0; 32]);
+            b.call_or("default action", libc::EINVAL, libc::SYS_rt_sigaction, &[signal as u64, default, 0, 8]);
             b.call("kill itself", libc::SYS_tgkill, &[pid as u64, pid as u64, signal as u64]);
             b.call("take the signal", libc::SYS_rt_sigprocmask, &[libc::SIG_SETMASK as u64, none, 0, 8]);
         }

@@ -91,6 +91,11 @@ pub(super) fn shape(context: &mut Context<'_>, open: &Open) -> Result<Shape, Dum
             return Ok(context.refuse(open, reason, "link it back to its old name, or reopen it"));
         }
         Err(e) => {
+            const MQUEUE_MAGIC: u64 = 0x1980_0202;
+            if fs_type(context, open, &stat) as u64 == MQUEUE_MAGIC {
+                let reason = format!("{} is a POSIX message queue, which cannot move yet", text(&path));
+                return Ok(context.refuse(open, reason, "close it before the migration"));
+            }
             let reason = format!("{} cannot be found from the root directory of the process: {e}", text(&path));
             return Ok(context.refuse(
                 open,

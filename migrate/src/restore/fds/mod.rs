@@ -61,6 +61,8 @@ pub struct Input<'a> {
     pub mms: &'a [Mm],
     /// Clocks at the freeze.
     pub clocks: Clocks,
+    /// Nothing can have written the tree's files since the freeze: they must be as large as then. A checkpoint's files may have grown.
+    pub fresh: bool,
 }
 
 impl<'a> From<&'a Tree> for Input<'a> {
@@ -72,6 +74,7 @@ impl<'a> From<&'a Tree> for Input<'a> {
             objects: &tree.objects,
             mms: &tree.mms,
             clocks: tree.clocks,
+            fresh: true,
         }
     }
 }
@@ -239,7 +242,7 @@ pub fn build(input: Input<'_>, objects: &[OwnedFd], stdio: &StdioFds, early: &mu
             continue;
         }
         let made = match &d.kind {
-            Kind::File { file, pos } => file::build(d, file, *pos, file::usage(file, &written, true), early),
+            Kind::File { file, pos } => file::build(d, file, *pos, file::usage(file, &written, input.fresh), early),
             Kind::Object { object, pos } => objects::build(d, objects.get(*object as usize), *pos),
             Kind::Device { file } => device::build(d, file),
             Kind::Pipe { pipe } => pipes.pipe(d, *pipe, input),
