@@ -161,7 +161,7 @@ fn blockers(text: &mut String, blockers: &[Blocker]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::{Holding, TaskHoldings};
+    use migrate_engine::check::{Holding, TaskHoldings};
 
     fn findings(items: Vec<CheckItem>, blockers: Vec<Blocker>) -> Findings {
         let holdings = vec![Holding {

@@ -62,12 +62,26 @@ pub enum Command {
     /// Move a small program between two network namespaces of this host
     #[command(hide = true)]
     Demo(Rest),
+    /// What plain QUIC carries between two hosts, for comparison
+    #[command(hide = true)]
+    Ceiling {
+        #[command(subcommand)]
+        command: Ceiling,
+    },
     /// Print completions for a shell
     #[command(long_about = help::COMPLETIONS)]
     Completions(Completions),
     /// Print the manual page, or write all of them
     #[command(long_about = help::MAN)]
     Man(Man),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Ceiling {
+    /// Take what comes and drop it, until interrupted
+    Serve { addr: std::net::SocketAddr },
+    /// Send this many random bytes and print the rate
+    Measure { addr: std::net::SocketAddr, bytes: u64 },
 }
 
 #[derive(Debug, Args)]
@@ -320,7 +334,7 @@ impl Command {
             Command::Trust {
                 command: Trust::List { json } | Trust::Add { json, .. } | Trust::Remove { json, .. },
             } => json.json,
-            Command::Bench(_) | Command::Demo(_) | Command::Completions(_) | Command::Man(_) => false,
+            Command::Bench(_) | Command::Demo(_) | Command::Ceiling { .. } | Command::Completions(_) | Command::Man(_) => false,
         }
     }
 }

@@ -177,8 +177,6 @@ pub struct RestoreOptions {
     pub dir: PathBuf,
     /// Name; the newest when there is none.
     pub name: Option<String>,
-    /// Nobody waits for the program.
-    pub detach: bool,
     /// File for the root's pid.
     pub pid_file: Option<PathBuf>,
     /// Where its standard streams lead.

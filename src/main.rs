@@ -6,6 +6,7 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)] // they panic when nobody reads: `out` does not
 
 mod bench;
+mod ceiling;
 mod check;
 mod checkpoint;
 mod cli;

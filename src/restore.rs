@@ -16,7 +16,6 @@ pub async fn run(arguments: Restore, context: &Context) -> anyhow::Result<u8> {
     let options = RestoreOptions {
         dir: arguments.dir.dir,
         name: arguments.name,
-        detach: arguments.detach,
         pid_file: arguments.pid_file,
         stdio: checked(arguments.stdio)?,
     };

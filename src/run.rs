@@ -1,7 +1,7 @@
 //! From a parsed command line to an exit code.
 
 use crate::{
-    bench, check, checkpoint,
+    bench, ceiling, check, checkpoint,
     cli::{Cli, Command, Trust},
     completions,
     context::Context,
@@ -64,6 +64,7 @@ async fn dispatch(command: Command, context: &Context) -> anyhow::Result<u8> {
         },
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Ceiling { command } => ceiling::run(command).await,
         Command::Completions(arguments) => completions::run(&arguments),
         Command::Man(arguments) => man::run(&arguments),
     }

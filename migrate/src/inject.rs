@@ -1,7 +1,7 @@
 //! System calls run inside a stopped process, many at a time, such that the death of the agent at any instant leaves the process healthy.
 //!
 //! See [`crate::arch::inject_stub`] for the code that runs there. One injector serves one process: the stub goes to the zero tail of its
-//! [vdso], the tables to a shared mapping that the agent reaches through /proc/PID/map_files. Each task has a slice of that mapping:
+//! `[vdso]`, the tables to a shared mapping that the agent reaches through /proc/PID/map_files. Each task has a slice of that mapping:
 //! records, room for results, and the return frame with a signal frame's room below it.
 
 use crate::{

@@ -271,6 +271,9 @@ async fn hold(tracer: &Tracer) {
         .await;
 }
 
+/// How long an answer to the handover is looked for before the operator has to decide when to go on (`migrate recover`).
+const ASK_PATIENCE: Duration = Duration::from_secs(20);
+
 /// The whole of `migrate send`.
 pub async fn send<C: Connector>(
     connector: C,
@@ -352,7 +355,13 @@ pub async fn send<C: Connector>(
         phase("predict");
         let p = predict(&mut link, &counts).await.map_err(lost("predict"))?;
         link.close("rehearsed").await;
-        return Ok(Report { outcome: "predicted".into(), id, pid, agent_peak_rss: misc::peak_rss(), ..p });
+        return Ok(Report {
+            outcome: "predicted".into(),
+            id,
+            pid,
+            agent_peak_rss: misc::peak_rss(),
+            ..p
+        });
     }
 
     let tracer = Tracer::start().map_err(|e| Failure::failed("freeze", pid, e))?;
@@ -436,7 +445,7 @@ pub async fn send<C: Connector>(
             events(Event::Note {
                 text: format!("no answer to the handover ({why}); asking {} again", connector.name()),
             });
-            match ask_again(&connector, &id, Duration::from_secs(60)).await {
+            match ask_again(&connector, &id, ASK_PATIENCE).await {
                 Some(m) => m,
                 None => {
                     // The tree stays stopped by SIGSTOP when this agent ends.
@@ -549,10 +558,15 @@ struct Counts {
 impl Counts {
     fn of(tree: &Tree, pids: &[i32]) -> Counts {
         // Shared objects are counted by their size, which is at most too much.
-        let private = tree.processes.iter().zip(pids).filter(|(p, _)| p.zombie.is_none()).filter_map(|(p, pid)| {
-            let mm = tree.mms.get(p.mm as usize)?;
-            pages::plan_mm(*pid, p.mm, mm).ok().map(|(plan, _)| plan.bytes())
-        });
+        let private = tree
+            .processes
+            .iter()
+            .zip(pids)
+            .filter(|(p, _)| p.zombie.is_none())
+            .filter_map(|(p, pid)| {
+                let mm = tree.mms.get(p.mm as usize)?;
+                pages::plan_mm(*pid, p.mm, mm).ok().map(|(plan, _)| plan.bytes())
+            });
         Counts {
             processes: tree.processes.len() as u32,
             threads: tree.processes.iter().map(|p| p.threads.len() as u32).sum(),
@@ -586,13 +600,22 @@ async fn predict<L: Link>(link: &mut L, c: &Counts) -> Result<Report, WireError>
     // Stop, collect and rebuild: milliseconds for the first process, then by the piece (measured, docs/benchmarks.md).
     let fixed = 4.0 + 0.4 * f64::from(c.processes.saturating_sub(1)) + 0.06 * f64::from(c.threads) + ms(rtt);
     let wire_ms = best * c.bytes as f64 * 1000.0;
-    let round = Round { pages: c.bytes / crate::image::PAGE, zero_pages: 0, bytes: c.bytes, ms: wire_ms };
+    let round = Round {
+        pages: c.bytes / crate::image::PAGE,
+        zero_pages: 0,
+        bytes: c.bytes,
+        ms: wire_ms,
+    };
     Ok(Report {
         processes: c.processes,
         threads: c.threads,
         rounds: vec![round],
         downtime_ms: fixed + wire_ms,
-        downtime: Downtime { transfer_ms: wire_ms, restore_ms: fixed, ..Default::default() },
+        downtime: Downtime {
+            transfer_ms: wire_ms,
+            restore_ms: fixed,
+            ..Default::default()
+        },
         total_ms: ms(start.elapsed()),
         bytes_sent: link.bytes_sent(),
         ..Default::default()

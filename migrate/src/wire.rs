@@ -129,7 +129,10 @@ impl Message {
             "Handover",
             "Running",
             "Aborted",
-            "Query", "Pending", "Probe"][self.kind() as usize]
+            "Query",
+            "Pending",
+            "Probe",
+        ][self.kind() as usize]
     }
 }
 
@@ -153,9 +156,20 @@ pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
     let payload = codec::encode(m).map_err(|e| WireError::Protocol(format!("nothing: {} does not encode: {e}", m.name())))?;
     let mut payload = bytes::Bytes::from(payload);
     while payload.len() > PART_LEN {
-        link.send(Section { kind: PART, version: VERSION, payload: payload.split_to(PART_LEN) }).await?;
+        link.send(Section {
+            kind: PART,
+            version: VERSION,
+            payload: payload.split_to(PART_LEN),
+        })
+        .await?;
     }
-    Ok(link.send(Section { kind: m.kind(), version: VERSION, payload }).await?)
+    Ok(link
+        .send(Section {
+            kind: m.kind(),
+            version: VERSION,
+            payload,
+        })
+        .await?)
 }
 
 /// Receives a message.
@@ -164,7 +178,10 @@ pub async fn recv<L: Link>(link: &mut L) -> Result<Message, WireError> {
     loop {
         let s = link.recv().await?;
         if s.version != VERSION {
-            return Err(WireError::Protocol(format!("message {} in version {}, this side knows {VERSION}", s.kind, s.version)));
+            return Err(WireError::Protocol(format!(
+                "message {} in version {}, this side knows {VERSION}",
+                s.kind, s.version
+            )));
         }
         if parts.len() + s.payload.len() > codec::LIMIT {
             return Err(WireError::Protocol(format!("a message longer than {} MiB", codec::LIMIT >> 20)));

@@ -1,6 +1,6 @@
 //! The stub that runs system calls inside a live target, and brings it back by itself if the agent dies.
 //!
-//! It lives in the zero tail of the target's [vdso] page, so no stack of the target is touched. A batch is a table of records in a page that
+//! It lives in the zero tail of the target's `[vdso]` page, so no stack of the target is touched. A batch is a table of records in a page that
 //! target and agent share. The last record is `tgkill(self, SIGURG)` or another signal that is ignored by default: traced it is a
 //! stop that hands control to the agent; untraced it does nothing. A task that blocks or handles all such signals *lingers* instead: it marks the
 //! table and spins for some milliseconds, in which the agent interrupts it. (A futex would be kinder but clobbers the restart block.) In either

@@ -68,7 +68,13 @@ pub fn inventory(root: i32, host: Host) -> Result<Dumped, DumpError> {
             })
             .collect();
         tasks.sort_by_key(|t| (t.tid != pid, t.tid));
-        procs.push(Proc { pid, parent, parent_tid, tasks, stat });
+        procs.push(Proc {
+            pid,
+            parent,
+            parent_tid,
+            tasks,
+            stat,
+        });
     }
     let mut asked: Vec<_> = procs.iter().map(|_| task::Asked::default()).collect();
     collect(&procs, &mut asked, host, fds::Mode::Inventory)
@@ -246,7 +252,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
             exit_signal: p.stat.exit_signal,
         });
     }
-    let only: Vec<fds::Source> = sources.iter().map(|(_, s)| s.clone()).collect();
+    let only: Vec<fds::Source> = sources.iter().map(|(_, s)| *s).collect();
     let tables = fds::dump(&only, &mut objects, mode, &mut blockers)?;
     for ((at, _), fds) in sources.iter().zip(tables.fds) {
         processes[*at].fds = fds;
@@ -288,7 +294,9 @@ fn online_cpus() -> Vec<u64> {
 
 /// The parent's thread, as the tree numbers it.
 fn inner_parent(p: &Proc, procs: &[Proc]) -> i32 {
-    let Some(parent) = p.parent.and_then(|i| procs.get(i)) else { return 0 };
+    let Some(parent) = p.parent.and_then(|i| procs.get(i)) else {
+        return 0;
+    };
     status::read_task(parent.pid, p.parent_tid).map_or(0, |s| s.inner_pid())
 }
 
@@ -413,14 +421,23 @@ fn process_blockers(
     let me = std::process::id() as i32;
     for (name, what) in [("mnt", "mount"), ("pid", "pid"), ("time", "time")] {
         if ns(p.pid, name) != ns(procs[0].pid, name) {
-            block(format!("it is in another {what} namespace than the root of the tree"), "migrate it as a tree of its own");
+            block(
+                format!("it is in another {what} namespace than the root of the tree"),
+                "migrate it as a tree of its own",
+            );
         }
     }
     if i == 0 && ns(p.pid, "mnt") != ns(me, "mnt") && ns(p.pid, "pid") == ns(me, "pid") {
-        block("it is in another mount namespace than this agent".into(), "run migrate inside that namespace (nsenter -m)");
+        block(
+            "it is in another mount namespace than this agent".into(),
+            "run migrate inside that namespace (nsenter -m)",
+        );
     }
     if ns(p.pid, "pid_for_children") != ns(p.pid, "pid") {
-        block("its children would be born into another pid namespace (unshare)".into(), "such programs cannot move");
+        block(
+            "its children would be born into another pid namespace (unshare)".into(),
+            "such programs cannot move",
+        );
     }
     if let Ok(root) = procfs::link(p.pid, "root")
         && root != b"/"

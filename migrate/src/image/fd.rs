@@ -129,7 +129,7 @@ pub enum Kind {
     Stdio {
         /// 0, 1 or 2: the lowest standard descriptor it was open as.
         stream: u8,
-        /// What it was, for messages ("/dev/pts/3", "pipe:[1234]").
+        /// What it was, for messages ("/dev/pts/3", `pipe:[1234]`).
         was: String,
     },
     /// pidfd_open(2) of a process in the tree.

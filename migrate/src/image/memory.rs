@@ -104,7 +104,7 @@ pub enum Backing {
         /// A shared mapping may be made writable (VM_MAYWRITE).
         writable: bool,
     },
-    /// The kernel's [vvar], [vvar_vclock] or [vdso], by name.
+    /// The kernel's `[vvar]`, `[vvar_vclock]` or `[vdso]`, by name.
     Special(String),
 }
 

@@ -81,7 +81,7 @@ pub struct Host {
     pub cpu_flags: Vec<String>,
     /// blake3 of the vdso's code, hex.
     pub vdso_hash: String,
-    /// Bytes of the [vvar], [vvar_vclock] (0 where there is none) and [vdso] mappings.
+    /// Bytes of the `[vvar]`, `[vvar_vclock]` (0 where there is none) and `[vdso]` mappings.
     pub vdso_layout: [u64; 3],
 }
 

@@ -19,7 +19,7 @@ pub struct Mapping {
     pub dev: (u32, u32),
     /// Inode, 0 for anonymous memory.
     pub ino: u64,
-    /// Name as printed: a path, "[heap]", "" and so on.
+    /// Name as printed: a path, "`[heap]`", "" and so on.
     pub name: Vec<u8>,
     /// The two-letter codes of VmFlags; empty when read from maps rather than smaps.
     pub vm_flags: Vec<[u8; 2]>,

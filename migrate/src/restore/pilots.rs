@@ -322,8 +322,18 @@ impl Pilots {
                     .unwrap_or(0);
                 let mut what = batch.notes.get(k).map_or_else(String::new, |n| n.0.clone());
                 // In a fresh pid namespace this number is somebody else's here; then it only says less.
-                let look = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default().trim().to_owned();
-                what = format!("{what}; decision {}, task {} {}", self.word.word(WORD).load(Ordering::Acquire), look("syscall"), look("wchan"));
+                let look = |name: &str| {
+                    std::fs::read_to_string(format!("/proc/{pid}/{name}"))
+                        .unwrap_or_default()
+                        .trim()
+                        .to_owned()
+                };
+                what = format!(
+                    "{what}; decision {}, task {} {}",
+                    self.word.word(WORD).load(Ordering::Acquire),
+                    look("syscall"),
+                    look("wchan")
+                );
                 return Err(PilotError::Silent {
                     pid,
                     ms: start.elapsed().as_millis(),

@@ -236,15 +236,26 @@ impl Rebuild {
                     let child = &self.tree.processes[c];
                     let pid = child.pid;
                     let exit_signal = child.exit_signal.max(0) as u64;
-                    let at = self.tree.processes[i].threads.iter().position(|t| t.tid == child.parent_tid).unwrap_or(0);
+                    let at = self.tree.processes[i]
+                        .threads
+                        .iter()
+                        .position(|t| t.tid == child.parent_tid)
+                        .unwrap_or(0);
                     let slot = self.slots[i][at];
                     let control = self.pilots.control(self.slots[c][0], self.tree.processes[i].pid);
                     let set_tid = b.data(&pid.to_le_bytes());
                     let set_tid = self.pilots.address_of(slot, set_tid);
-                    let args: Vec<u8> =
-                        [0, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0].iter().flat_map(|v: &u64| v.to_le_bytes()).collect();
+                    let args: Vec<u8> = [0, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0]
+                        .iter()
+                        .flat_map(|v: &u64| v.to_le_bytes())
+                        .collect();
                     let args = b.data(&args);
-                    b.call_eq(format!("create process {pid}"), pid as i64, libc::SYS_clone3, &[args, 88, 0, 0, 0, control]);
+                    b.call_eq(
+                        format!("create process {pid}"),
+                        pid as i64,
+                        libc::SYS_clone3,
+                        &[args, 88, 0, 0, 0, control],
+                    );
                     self.pilots.run(slot, &b)?;
                     self.descend(c, steps)?;
                 }
@@ -347,9 +358,10 @@ impl Rebuild {
                 Backing::File { file, writable, .. } => {
                     let write = *writable && v.shared;
                     let key = (file.path.clone(), write);
-                    if !index.contains_key(&key) {
-                        let f = mm::open_mapped(file, write, self.fresh_files).map_err(|e| PilotError::agent("open a mapped file")(io::Error::other(e)))?;
-                        index.insert(key, raw.len() as u64);
+                    if let std::collections::hash_map::Entry::Vacant(slot) = index.entry(key) {
+                        let f = mm::open_mapped(file, write, self.fresh_files)
+                            .map_err(|e| PilotError::agent("open a mapped file")(io::Error::other(e)))?;
+                        slot.insert(raw.len() as u64);
                         raw.push(f.as_raw_fd());
                         files.push(f);
                     }
@@ -411,7 +423,16 @@ impl Rebuild {
 
     fn complete_with(&mut self, tree: &Tree, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
         let failed = |e: fds::RestoreError| PilotError::agent("rebuild descriptors")(io::Error::other(e));
-        let mut built = fds::build(fds::Input { fresh: self.fresh_files, ..tree.into() }, &self.objects, stdio, &mut fds::Early::default()).map_err(failed)?;
+        let mut built = fds::build(
+            fds::Input {
+                fresh: self.fresh_files,
+                ..tree.into()
+            },
+            &self.objects,
+            stdio,
+            &mut fds::Early::default(),
+        )
+        .map_err(failed)?;
         let agent_pid = |id: i32| {
             let process = tree.processes.iter().position(|p| p.pid == id).map(|i| self.pids[i]);
             // Threads have the same numbers on both sides, except in a fresh namespace.
@@ -639,7 +660,12 @@ impl Rebuild {
             let none = b.data(&[0; 8]);
             // The pilots inherit the agent's handlers.
             let default = b.data(&[0; 32]);
-            b.call_or("default action", libc::EINVAL, libc::SYS_rt_sigaction, &[signal as u64, default, 0, 8]);
+            b.call_or(
+                "default action",
+                libc::EINVAL,
+                libc::SYS_rt_sigaction,
+                &[signal as u64, default, 0, 8],
+            );
             b.call("kill itself", libc::SYS_tgkill, &[pid as u64, pid as u64, signal as u64]);
             b.call("take the signal", libc::SYS_rt_sigprocmask, &[libc::SIG_SETMASK as u64, none, 0, 8]);
         }

@@ -92,7 +92,7 @@ pub(super) fn shape(context: &mut Context<'_>, open: &Open) -> Result<Shape, Dum
         }
         Err(e) => {
             const MQUEUE_MAGIC: u64 = 0x1980_0202;
-            if fs_type(context, open, &stat) as u64 == MQUEUE_MAGIC {
+            if fs_type(context, open, &stat) == MQUEUE_MAGIC {
                 let reason = format!("{} is a POSIX message queue, which cannot move yet", text(&path));
                 return Ok(context.refuse(open, reason, "close it before the migration"));
             }

@@ -47,6 +47,7 @@ fn input<'a>(tables: &'a Tables, objects: &'a [Object]) -> Input<'a> {
         objects,
         mms: &[],
         clocks: CLOCKS,
+        fresh: true,
     }
 }
 
