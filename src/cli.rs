@@ -120,9 +120,9 @@ pub struct Send {
     /// First contact: the one-time ticket of `migrate receive`; the variable keeps it out of ps
     #[arg(long, env = "MIGRATE_TICKET", hide_env_values = true, value_parser = parse::ticket)]
     pub ticket: Option<String>,
-    /// How memory is moved
-    #[arg(long, value_enum, default_value_t = ModeArg::Hybrid)]
-    pub mode: ModeArg,
+    /// How memory is moved; only stop is built so far, and is what is done without this option
+    #[arg(long, value_enum)]
+    pub mode: Option<ModeArg>,
     /// Longest freeze to aim for
     #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = parse::duration)]
     pub downtime_limit: Duration,
@@ -182,7 +182,7 @@ pub struct Checkpoint {
     pub pid: i32,
     #[command(flatten)]
     pub dir: Dir,
-    /// Name of the checkpoint [default: made of program and time]
+    /// Name of the checkpoint [default: the next number]
     #[arg(long, value_parser = parse::name)]
     pub name: Option<String>,
     /// Let the program go on afterwards; without it, it ends here

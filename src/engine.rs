@@ -100,6 +100,7 @@ impl Receiver {
         let fail = |e: &dyn std::fmt::Display| Failure::failed("listen", 0, e);
         let id = Identity::load_or_create(state_dir).map_err(|e| fail(&e))?;
         let store = TrustStore::open(state_dir).map_err(|e| fail(&e))?;
+        Journal::prune(state_dir);
         let tickets = Tickets::new(&id);
         let listener = Listener::bind(listen, &id, store, tickets.clone()).await.map_err(|e| fail(&e))?;
         let r = Receiver {
@@ -145,6 +146,8 @@ impl Receiver {
                 Some(done) = serving.join_next() => match done {
                     Ok(Ok(destination::Served::Running(report))) => return Ok(*report),
                     Ok(Ok(destination::Served::Answered)) => {}
+                    // A peer that comes and goes without a word is no migration.
+                    Ok(Err(e)) if e.phase == "inventory" => tracing::warn!("{e}"),
                     Ok(Err(e)) => return Err(e),
                     Err(e) => return Err(Failure::failed("restore", 0, format!("internal error: {e}"))),
                 },
@@ -514,8 +517,21 @@ pub fn recover_list(state_dir: &Path) -> Result<Vec<OpenHandover>, Failure> {
         .collect())
 }
 
+/// The one open hand-over whose id begins like this; else the text itself.
+fn whole_id(state_dir: &Path, id: &str) -> String {
+    let all = Journal::list(state_dir).unwrap_or_default();
+    let mut fitting = all
+        .iter()
+        .filter(|e| e.side == Side::Source && !id.is_empty() && e.id.starts_with(id));
+    match (fitting.next(), fitting.next()) {
+        (Some(one), None) => one.id.clone(),
+        _ => id.to_owned(),
+    }
+}
+
 /// Finishes or undoes one. Says what became of the program.
 pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, cancel: CancellationToken) -> Result<String, Failure> {
+    let id = &whole_id(state_dir, id);
     let (journal, entry) = Journal::open(state_dir, id, Side::Source).map_err(|e| {
         Failure::failed("recover", 0, format!("no open hand-over {id} on this host: {e}")).with_fix("`migrate recover` lists them")
     })?;
@@ -531,20 +547,25 @@ pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, ca
     if alive.is_empty() {
         return done(journal, format!("process {pid} is gone; the record is removed"));
     }
-    if abort {
-        signal(SIGCONT);
-        return done(
-            journal,
-            format!("process {pid} runs on here; see to it that no copy runs at {}", entry.peer),
-        );
-    }
     let dial = Dial::new(&entry.peer, None, state_dir, pid)?;
     events(Event::Phase { phase: "ask" });
     let answer = tokio::select! {
-        a = source::ask_again(&dial, id, Duration::from_secs(15)) => a,
+        a = source::ask_again(&dial, id, Duration::from_secs(if abort { 5 } else { 15 })) => a,
         () = cancel.cancelled() => None,
     };
     match answer {
+        Some(Message::Running(r)) if abort => Err(Failure::refused(
+            "recover",
+            pid,
+            format!(
+                "the copy runs at {} as pid {}: going on here would run the program twice",
+                entry.peer, r.pid
+            ),
+            Vec::new(),
+        )
+        .with_fix(format!(
+            "migrate recover {id} ends the stopped original; to go on here, end the copy there first and remove its journal"
+        ))),
         Some(Message::Running(r)) => {
             signal(SIGKILL);
             done(
@@ -557,6 +578,17 @@ pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, ca
             done(
                 journal,
                 format!("{} did not resume it ({reason}); process {pid} runs on here", entry.peer),
+            )
+        }
+        // Nobody answers: the operator's word counts.
+        _ if abort => {
+            signal(SIGCONT);
+            done(
+                journal,
+                format!(
+                    "{} does not answer; process {pid} runs on here; see to it that no copy runs there",
+                    entry.peer
+                ),
             )
         }
         _ => Err(Failure {

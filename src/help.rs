@@ -29,9 +29,9 @@ Exit codes:
   3  it cannot move; what stands in the way is named, with the fix";
 
 pub const MIGRATE: &str = "\
-Moves a running process tree from one Linux host to another while it keeps running. Memory is copied while the program \
-runs; it is frozen only for the last short part, and goes on at the destination where it stopped: same pids, open \
-files, pipes, timers, listening ports.
+Moves a running process tree from one Linux host to another while it keeps running. The program is frozen while its \
+memory is copied (pre-copy and on-demand pages are not built yet), and goes on at the destination where it stopped: same pids, \
+open files, pipes, timers, listening ports.
 
 On the host that is to take it:
   # migrate receive
@@ -74,18 +74,16 @@ received earlier are not affected.";
 
 pub const SEND: &str = "\
 Moves process PID and all its descendants to a host where `migrate receive` waits. First the preflight: whatever \
-cannot be moved is named, with its fix, before anything is stopped. Then memory is copied while the program runs, the \
-program is frozen for the rest, and the destination takes over.
+cannot be moved is named, with its fix, before anything is stopped. Then the program is frozen, everything is \
+copied, and the destination takes over.
 
 Examples:
   First contact, as `migrate receive` printed it:
     # migrate send 4242 10.0.0.2:7878 --ticket T
   What would happen, and how long would the freeze be?
     # migrate send 4242 10.0.0.2:7878 --dry-run
-  A shorter freeze, and some of the network left to others:
-    # migrate send 4242 node2:7878 --downtime-limit 5ms --bandwidth 500MB/s
-  Frozen while everything is copied, the simplest way:
-    # migrate send 4242 node2:7878 --mode stop
+  Some of the network left to others:
+    # migrate send 4242 node2:7878 --bandwidth 500MB/s
 
 Touched: nothing on disk but the journal in the state directory. The original ends when the copy runs and has all \
 its memory; with --leave-running it goes on. Files are not copied.

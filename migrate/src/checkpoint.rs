@@ -452,7 +452,15 @@ impl Image {
         }
         let mut b = vec![0; len as usize];
         self.file.read_exact(&mut b).map_err(|_| self.refuse("the image is truncated"))?;
-        codec::decode(&b).map_err(|e| self.refuse(format!("the image is damaged: {e}")))
+        let state: State = codec::decode(&b).map_err(|e| self.refuse(format!("the image is damaged: {e}")))?;
+        state
+            .tree
+            .validate()
+            .map_err(|e| self.refuse(format!("the image is damaged: {e}")))?;
+        if state.tree.processes.is_empty() {
+            return Err(self.refuse("the image is damaged: it holds no process"));
+        }
+        Ok(state)
     }
 
     fn frame(&mut self) -> io::Result<Option<RawFrame>> {

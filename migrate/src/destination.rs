@@ -74,6 +74,9 @@ pub async fn serve<L: Link>(
     }
     let id = inv.id.clone();
     let check_only = inv.check_only;
+    inv.tree
+        .validate()
+        .map_err(|e| lost("inventory")(WireError::Protocol(format!("a tree that is none: {e}"))))?;
     let (blockers, host) = {
         tokio::task::spawn_blocking(move || (preflight::tree(&inv.tree), dump::host::host()))
             .await
@@ -119,6 +122,14 @@ pub async fn serve<L: Link>(
         () = cancel.cancelled() => return Err(interrupted()),
     };
     let arrived = Instant::now();
+    let whole = state.tree.validate().and_then(|()| {
+        if state.tree.processes.is_empty() {
+            Err("it is empty".into())
+        } else {
+            Ok(())
+        }
+    });
+    whole.map_err(|e| lost("freeze")(WireError::Protocol(format!("a tree that is none: {e}"))))?;
     events(Event::Phase { phase: "restore" });
     let processes = state.tree.processes.len() as u32;
     let threads = state.tree.processes.iter().map(|p| p.threads.len() as u32).sum();
@@ -130,7 +141,10 @@ pub async fn serve<L: Link>(
     let (mut copy, mut journal, mut entry, round) = match built {
         Ok(b) => b,
         Err(reason) => {
-            // Everything built so far has died with its guard; say so for whoever asks later, too.
+            // Everything built so far has died with its guard. Whoever asks later hears the same: nothing is known of it.
+            if let Ok((journal, _)) = Journal::open(&state_dir, &id, Side::Destination) {
+                let _ = journal.remove();
+            }
             let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
             let _ = tokio::time::timeout(Duration::from_secs(2), wire::recv(&mut link)).await;
             return Err(Failure::failed(
@@ -168,13 +182,16 @@ pub async fn serve<L: Link>(
             text: format!("the source did not hear that the tree runs here ({e}); it will ask"),
         });
     } else {
-        // The source closes when it has the answer; then nobody will ask.
-        if let Ok(Err(WireError::Link(migrate_transport::LinkError::Closed { .. }))) =
-            tokio::time::timeout(Duration::from_secs(10), wire::recv(&mut link)).await
+        // Only a source that says that it is done will never ask. One that is merely gone keeps its originals stopped and does.
+        let end = tokio::time::timeout(Duration::from_secs(10), wire::recv(&mut link)).await;
+        if let Ok(Err(WireError::Link(migrate_transport::LinkError::Closed { clean: true, reason, .. }))) = end
+            && reason == wire::DONE
         {
             let _ = journal.remove();
         }
     }
+    // The root is a child of this process: without a wait its pid would stay taken after its end.
+    let _ = std::thread::Builder::new().name("reaper".into()).spawn(move || misc::wait(pid));
     Ok(Served::Running(Box::new(Report {
         outcome: "migrated".into(),
         id,

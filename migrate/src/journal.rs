@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! +0   magic "migrate journal\n"     +64  decision word, little endian (destination: 0 undecided, 1 released, 2 dead)
-//! +128 JSON text, zero padded to the page
+//! +4096 JSON text
 //! ```
 //! The decision word of the destination's file is mapped into every task of the copy: the store that releases them *is* the journal entry, so no crash
 //! of the agent can fall between the two. Nothing is synced to disk: whatever a journal speaks of dies with the host it ran on, and the boot
@@ -18,8 +18,8 @@ use std::{
 };
 
 const MAGIC: &[u8; 16] = b"migrate journal\n";
-const TEXT: u64 = 128;
-const LEN: u64 = 4096;
+const TEXT: u64 = 4096;
+const MAX_TEXT: u64 = 16 << 20;
 
 /// Which side wrote it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,7 +116,7 @@ impl Journal {
             .truncate(true)
             .mode(0o600)
             .open(&temporary)?;
-        file.set_len(LEN)?;
+        file.set_len(TEXT)?;
         file.write_all(MAGIC)?;
         let mut j = Journal {
             path: temporary.clone(),
@@ -148,16 +148,9 @@ impl Journal {
 
     /// Rewrites the text; the decision word stays.
     pub fn update(&mut self, entry: &Entry) -> io::Result<()> {
-        let mut text = serde_json::to_vec(entry)?;
-        let room = (LEN - TEXT) as usize;
-        if text.len() > room {
-            // A very large tree: the root alone identifies it.
-            let mut short = entry.clone();
-            short.processes.truncate(64);
-            text = serde_json::to_vec(&short)?;
-        }
-        text.resize(room, 0);
-        self.file.write_all_at(&text, TEXT)
+        let text = serde_json::to_vec(entry)?;
+        self.file.write_all_at(&text, TEXT)?;
+        self.file.set_len(TEXT + text.len() as u64)
     }
 
     /// The file, whose first page holds the decision word.
@@ -185,17 +178,18 @@ impl Journal {
 
     fn open_path(path: PathBuf) -> io::Result<(Journal, Entry)> {
         let file = OpenOptions::new().read(true).write(true).open(&path)?;
-        let mut page = vec![0; LEN as usize];
-        file.read_exact_at(&mut page, 0)?;
-        if &page[..16] != MAGIC {
+        let len = file.metadata()?.len().saturating_sub(TEXT).min(MAX_TEXT);
+        let mut magic = [0; 16];
+        file.read_exact_at(&mut magic, 0)?;
+        if &magic != MAGIC {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
                 format!("{} is not a journal", path.display()),
             ));
         }
-        let text = &page[TEXT as usize..];
-        let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
-        let entry = serde_json::from_slice(&text[..end])?;
+        let mut text = vec![0; len as usize];
+        file.read_exact_at(&mut text, TEXT)?;
+        let entry = serde_json::from_slice(&text)?;
         Ok((Journal { path, file }, entry))
     }
 
@@ -217,6 +211,24 @@ impl Journal {
         }
         out.sort_by(|a, b| a.since.cmp(&b.since).then(a.id.cmp(&b.id)));
         Ok(out)
+    }
+
+    /// Removes what nobody will ask for any more: entries of an earlier boot, old ones without a living process, and unfinished files.
+    pub fn prune(state_dir: &Path) {
+        const DAY: u64 = 24 * 3600;
+        let now = crate::sys::misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000;
+        for e in fs::read_dir(dir(state_dir)).into_iter().flatten().flatten() {
+            let p = e.path();
+            let name = e.file_name();
+            if name.to_string_lossy().contains(".tmp-") {
+                let _ = fs::remove_file(&p);
+            } else if let Ok((journal, entry)) = Self::open_path(p)
+                && entry.alive().is_empty()
+                && (entry.boot_id != boot_id() || now.saturating_sub(entry.since) > DAY)
+            {
+                let _ = journal.remove();
+            }
+        }
     }
 
     /// Ends it.

@@ -5,7 +5,7 @@ use crate::{
     dump,
     image::{Backing, Host, Process, Tree},
     procfs::status,
-    restore::{fds, plan, rebuild},
+    restore::{fds, plan, rebuild, task},
 };
 use std::collections::BTreeSet;
 
@@ -214,6 +214,14 @@ fn rights(tree: &Tree, out: &mut Vec<Blocker>) {
     ];
     for p in tree.processes.iter().filter(|p| p.zombie.is_none()) {
         let place = place(p);
+        let timer = p.timers.iter().map(|t| t.id).max().unwrap_or(0);
+        if timer > task::MAX_COUNTED_TIMER && !task::timer_ids_can_be_chosen() {
+            out.push(Blocker::new(
+                &place,
+                format!("its POSIX timer {timer} cannot be made under that id here"),
+                "use Linux 6.16 or later",
+            ));
+        }
         if own.caps[2] & CAP_SYS_RESOURCE == 0 {
             for (i, ((_, hard), (_, ours))) in p.rlimits.iter().zip(&limits).enumerate() {
                 if hard > ours {

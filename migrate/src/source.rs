@@ -219,7 +219,10 @@ fn freeze_once(pid: i32, host: Host) -> Result<Result<Snapshot, Vec<Blocker>>, F
         frozen,
         injectors: Vec::new(),
     };
-    let (d, injectors) = dump::tree::frozen(&mut held.frozen, host).map_err(|e| fail(format!("cannot read the frozen tree: {e}")))?;
+    let (d, injectors) = dump::tree::frozen(&mut held.frozen, host).map_err(|e| match e {
+        dump::tree::DumpError::Inject(e @ crate::inject::InjectError::Unfit { .. }) => Failure::refused("freeze", pid, e, Vec::new()),
+        e => fail(format!("cannot read the frozen tree: {e}")),
+    })?;
     held.injectors = injectors;
     if !d.blockers.is_empty() {
         return Ok(Err(d.blockers));
@@ -489,7 +492,7 @@ pub async fn send<C: Connector>(
     }
     let _ = journal.remove();
     let bytes_sent = link.bytes_sent();
-    link.close("done").await;
+    link.close(wire::DONE).await;
     Ok(Report {
         outcome: "migrated".into(),
         id,

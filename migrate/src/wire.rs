@@ -19,6 +19,9 @@ use crate::{
 use migrate_transport::{Link, LinkError, Section};
 use serde::{Deserialize, Serialize};
 
+/// The reason a source closes with once it has heard Running and ended its originals.
+pub const DONE: &str = "done";
+
 /// Revision of every message here.
 pub const VERSION: u16 = 1;
 

@@ -18,6 +18,9 @@ use std::{
     path::Path,
 };
 
+/// The mapping of the pilots, behind the page with the decision word.
+const PILOT: &[u8] = b"/memfd:migrate-pilot";
+
 /// Files already identified, by device and inode, so that a library mapped by every process is looked at once.
 #[derive(Debug, Default)]
 pub struct FileCache(HashMap<(u64, u64, bool), FileId>);
@@ -38,7 +41,8 @@ pub fn vmas(
             continue;
         }
         // What an agent that was killed left behind does not belong to the program.
-        if m.name.starts_with(b"/memfd:migrate-pilot") || is_leaked_table(pid, m) {
+        let word = m.shared && m.end - m.start == 4096 && maps.iter().any(|n| n.start == m.end && n.name.starts_with(PILOT));
+        if word || m.name.starts_with(PILOT) || is_leaked_table(pid, m) {
             continue;
         }
         let place = || format!("{place} mapping {:x}-{:x} {}", m.start, m.end, String::from_utf8_lossy(&m.name));

@@ -247,6 +247,11 @@ pub fn pending(tid: i32, shared: bool) -> io::Result<Vec<SigInfo>> {
 pub fn thread(pid: i32, task: &crate::tracer::Task, asked: &AskedThread, all_cpus: &[u64]) -> io::Result<Thread> {
     let tid = task.tid;
     let st = status::read_task(pid, tid)?;
+    if st.seccomp != 0 {
+        return Err(io::Error::other(format!(
+            "task {tid} runs under a seccomp filter, which cannot move"
+        )));
+    }
     let (ptr, size, sig) = ptrace::rseq(tid).unwrap_or_default();
     let text = |name: &str| procfs::read(pid, &format!("task/{tid}/{name}"));
     let comm = text("comm")?;

@@ -469,6 +469,23 @@ fn process_blockers(
         }
     }
     for t in p.tasks.iter().skip(1) {
+        if let Ok(s) = status::read_task(p.pid, t.tid) {
+            let place = || format!("{here} thread {}", t.tid);
+            if s.seccomp != 0 {
+                blockers.push(Blocker::new(
+                    place(),
+                    "it runs under a seccomp filter",
+                    "start it without one; filters cannot move yet",
+                ));
+            }
+            if s.tracer != 0 && !is_own_thread(s.tracer) {
+                blockers.push(Blocker::new(
+                    place(),
+                    format!("it is traced by pid {} ({})", s.tracer, comm(s.tracer)),
+                    "end the debugger or strace first",
+                ));
+            }
+        }
         for (what, name) in [(Shared::Files, "descriptors"), (Shared::Fs, "working directory")] {
             if !misc::shares(p.pid, t.tid, what).unwrap_or(true) {
                 blockers.push(Blocker::new(

@@ -25,7 +25,15 @@ fn config() -> bincode::config::Configuration<bincode::config::LittleEndian, bin
 
 /// Encodes a value.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
-    bincode::serde::encode_to_vec(value, config()).map_err(|e| CodecError::Malformed(e.to_string()))
+    let bytes = bincode::serde::encode_to_vec(value, config()).map_err(|e| CodecError::Malformed(e.to_string()))?;
+    // What could not be read back is not written.
+    if bytes.len() > LIMIT {
+        return Err(CodecError::Malformed(format!(
+            "{} bytes, more than the {LIMIT} that can be read back",
+            bytes.len()
+        )));
+    }
+    Ok(bytes)
 }
 
 /// Decodes a value that fills `bytes` exactly.

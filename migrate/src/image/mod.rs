@@ -56,6 +56,39 @@ impl Tree {
         }
     }
 
+    /// Whether every index in it refers to something and parents come before their children. Err: what does not.
+    pub fn validate(&self) -> Result<(), String> {
+        let descriptions = self.descriptions.len() as u32;
+        let mut mms = std::collections::HashSet::new();
+        for (i, p) in self.processes.iter().enumerate() {
+            let bad = |what: &str| Err(format!("process {} refers to {what}", p.pid));
+            if p.pid <= 0 || (i == 0) != p.parent.is_none() || p.parent.is_some_and(|x| x as usize >= i) {
+                return bad("a parent that does not come before it");
+            }
+            if p.zombie.is_some() {
+                continue;
+            }
+            if p.mm as usize >= self.mms.len() || !mms.insert(p.mm) {
+                return bad("an address space that is missing or another's");
+            }
+            if p.threads.first().is_none_or(|t| t.tid != p.pid) || p.threads.iter().any(|t| t.tid <= 0) {
+                return bad("threads without a leader");
+            }
+            if p.fds.iter().any(|f| f.fd < 0 || f.description >= descriptions) || !p.fds.is_sorted_by(|a, b| a.fd < b.fd) {
+                return bad("descriptors that are not there");
+            }
+        }
+        let objects = self.objects.len() as u32;
+        let mapped = self.mms.iter().flat_map(|m| &m.vmas);
+        if mapped
+            .into_iter()
+            .any(|v| matches!(v.backing, Backing::Object { object, .. } if object >= objects))
+        {
+            return Err("a mapping refers to an object that is not there".into());
+        }
+        Ok(())
+    }
+
     /// The root process.
     pub fn root(&self) -> Option<&Process> {
         self.processes.first()

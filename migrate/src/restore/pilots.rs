@@ -27,8 +27,8 @@ pub const WORD: usize = 64;
 pub const NAME: &std::ffi::CStr = c"migrate-pilot";
 
 /// Records and data bytes of a process leader's slot, of any other thread's.
-const LEADER: (usize, usize) = (1024, 192 << 10);
-const THREAD: (usize, usize) = (64, 8 << 10);
+const LEADER: (usize, usize) = (1024, 512 << 10);
+const THREAD: (usize, usize) = (64, 64 << 10);
 const FRAME_LEN: usize = 16 << 10;
 const CTL: usize = 64;
 
@@ -367,13 +367,30 @@ impl Pilots {
         Ok(out)
     }
 
-    /// Runs a batch to its end.
+    /// Runs a batch to its end, in pieces when it has more records than the slot.
     pub fn run(&mut self, slot: usize, batch: &Batch) -> Result<Vec<i64>, PilotError> {
-        if batch.is_empty() {
-            return Ok(Vec::new());
+        let cap = self.slots[slot].records;
+        if batch.data.len() > self.slots[slot].data {
+            let what = format!("{} bytes for the calls of task {}", batch.data.len(), self.pids[slot]);
+            return Err(PilotError::agent(what)(io::ErrorKind::OutOfMemory.into()));
         }
-        self.post(slot, batch);
-        self.wait(slot, batch)
+        let mut out = Vec::with_capacity(batch.len());
+        for at in (0..batch.len()).step_by(cap) {
+            let end = (at + cap).min(batch.len());
+            let piece = Batch {
+                records: batch.records[at..end].to_vec(),
+                notes: batch.notes[at..end].to_vec(),
+                data: batch.data.clone(),
+            };
+            self.post(slot, &piece);
+            out.extend(self.wait(slot, &piece)?);
+        }
+        Ok(out)
+    }
+
+    /// Whether a batch fits its slot in one piece.
+    pub fn fits(&self, slot: usize, batch: &Batch) -> bool {
+        batch.len() <= self.slots[slot].records && batch.data.len() <= self.slots[slot].data
     }
 
     /// Reads from a slot's data area.

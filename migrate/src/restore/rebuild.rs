@@ -495,11 +495,20 @@ impl Rebuild {
                 .enumerate()
                 .map(|(k, t)| task::thread(t, p, last_cap, bounding, k == 0, dumpable))
                 .collect();
-            for (k, b) in batches.iter().enumerate() {
+            // All at once; the few that are too long for that one after the other.
+            let short: Vec<bool> = batches
+                .iter()
+                .enumerate()
+                .map(|(k, b)| self.pilots.fits(self.slots[i][k], b))
+                .collect();
+            for (k, b) in batches.iter().enumerate().filter(|(k, _)| short[*k]) {
                 self.pilots.post(self.slots[i][k], b);
             }
-            for (k, b) in batches.iter().enumerate() {
+            for (k, b) in batches.iter().enumerate().filter(|(k, _)| short[*k]) {
                 self.pilots.wait(self.slots[i][k], b)?;
+            }
+            for (k, b) in batches.iter().enumerate().filter(|(k, _)| !short[*k]) {
+                self.pilots.run(self.slots[i][k], b)?;
             }
         }
         // The last batch of every task: wait for the release, then load the final context.

@@ -64,30 +64,7 @@ pub fn process(p: &Process, tree: &Tree, zombies: usize) -> Batch {
             b.call("queue a signal", libc::SYS_rt_sigqueueinfo, &[p.pid as u64, signal, at]);
         }
     }
-    let next = p.timers.iter().map(|t| t.id + 1).max().unwrap_or(0);
-    // The kernel numbers a process's timers from 0: make them all, keep the wanted.
-    for id in 0..next {
-        let t = p.timers.iter().find(|t| t.id == id);
-        let mut ev = Vec::with_capacity(64);
-        ev.extend_from_slice(&t.map_or(0, |t| t.sigval).to_le_bytes());
-        ev.extend_from_slice(&t.map_or(0, |t| t.signal).to_le_bytes());
-        ev.extend_from_slice(&t.map_or(1, |t| t.notify).to_le_bytes());
-        ev.extend_from_slice(&t.map_or(0, |t| t.tid).to_le_bytes());
-        ev.resize(64, 0);
-        let ev = b.data(&ev);
-        let out = b.data(&[0; 8]);
-        let clock = t.map_or(libc::CLOCK_MONOTONIC, |t| t.clock);
-        b.call(
-            format!("timer_create {id}"),
-            libc::SYS_timer_create,
-            &[clock as u32 as u64, ev, out],
-        );
-    }
-    for id in 0..next {
-        if !p.timers.iter().any(|t| t.id == id) {
-            b.call("timer_delete", libc::SYS_timer_delete, &[id as u64]);
-        }
-    }
+    timers(&mut b, p);
     for t in p.timers.iter().filter(|t| t.value_ns != 0) {
         let spec = b.data(&timespecs(&[t.interval_ns, t.value_ns]));
         b.call("timer_settime", libc::SYS_timer_settime, &[t.id as u64, 0, spec, 0]);
@@ -106,6 +83,57 @@ pub fn process(p: &Process, tree: &Tree, zombies: usize) -> Batch {
         b.call(format!("prlimit {i}"), libc::SYS_prlimit64, &[0, i as u64, at, 0]);
     }
     b
+}
+
+/// PR_TIMER_CREATE_RESTORE_IDS, Linux 6.16: timer_create takes the id it is given.
+const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
+
+/// Whether this kernel can make a timer with a given id at once.
+pub fn timer_ids_can_be_chosen() -> bool {
+    crate::sys::misc::prctl(PR_TIMER_CREATE_RESTORE_IDS as i32, 2) >= 0
+}
+
+/// Highest timer id that can be reached by making and deleting all before it, on kernels without [`timer_ids_can_be_chosen`].
+pub const MAX_COUNTED_TIMER: i32 = 4096;
+
+/// Makes the timers under their ids.
+fn timers(b: &mut Batch, p: &Process) {
+    let Some(last) = p.timers.iter().map(|t| t.id).max() else { return };
+    let chosen = timer_ids_can_be_chosen();
+    // Ascending, as they were made: /proc/PID/timers shows the order.
+    let mut ids: Vec<i32> = if chosen {
+        p.timers.iter().map(|t| t.id).collect()
+    } else {
+        (0..=last).collect()
+    };
+    ids.sort_unstable();
+    if chosen {
+        b.call("choose timer ids", libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS, 1, 0, 0, 0]);
+    }
+    // Without it the kernel counts a process's timers from 0: make them all, keep the wanted.
+    for &id in &ids {
+        let t = p.timers.iter().find(|t| t.id == id);
+        let mut ev = Vec::with_capacity(64);
+        ev.extend_from_slice(&t.map_or(0, |t| t.sigval).to_le_bytes());
+        ev.extend_from_slice(&t.map_or(0, |t| t.signal).to_le_bytes());
+        ev.extend_from_slice(&t.map_or(1, |t| t.notify).to_le_bytes());
+        ev.extend_from_slice(&t.map_or(0, |t| t.tid).to_le_bytes());
+        ev.resize(64, 0);
+        let ev = b.data(&ev);
+        let out = b.data(&(id as u64).to_le_bytes());
+        let clock = t.map_or(libc::CLOCK_MONOTONIC, |t| t.clock);
+        b.call(
+            format!("timer_create {id}"),
+            libc::SYS_timer_create,
+            &[clock as u32 as u64, ev, out],
+        );
+    }
+    if chosen {
+        b.call("count timer ids again", libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS, 0, 0, 0, 0]);
+    }
+    for id in ids.into_iter().filter(|id| !p.timers.iter().any(|t| t.id == *id)) {
+        b.call("timer_delete", libc::SYS_timer_delete, &[id as u64]);
+    }
 }
 
 fn timespecs(ns: &[u64]) -> Vec<u8> {
@@ -156,8 +184,12 @@ pub fn thread(t: &Thread, p: &Process, last_cap: u32, bounding: u64, leader: boo
     if s.ioprio != 0 {
         b.call("ioprio_set", libc::SYS_ioprio_set, &[1, 0, s.ioprio as u64]);
     }
-    if let Some(mask) = &s.affinity {
-        let bytes: Vec<u8> = mask.iter().flat_map(|w| w.to_le_bytes()).collect();
+    {
+        // "All" is every cpu of this host, not what this agent happens to be bound to.
+        let bytes: Vec<u8> = s
+            .affinity
+            .as_ref()
+            .map_or_else(|| vec![0xff; 128], |mask| mask.iter().flat_map(|w| w.to_le_bytes()).collect());
         let at = b.data(&bytes);
         b.call("sched_setaffinity", libc::SYS_sched_setaffinity, &[0, bytes.len() as u64, at]);
     }
@@ -194,7 +226,8 @@ pub fn thread(t: &Thread, p: &Process, last_cap: u32, bounding: u64, leader: boo
         b.call("PR_SET_DUMPABLE", libc::SYS_prctl, &[PR_SET_DUMPABLE, dumpable as u64]);
     }
     // Any change of credentials clears it, so it comes after them.
-    if t.pdeathsig != 0 {
+    // The root's parent stays behind; armed here, it would end the program together with this agent.
+    if t.pdeathsig != 0 && p.parent.is_some() {
         b.call("PR_SET_PDEATHSIG", libc::SYS_prctl, &[PR_SET_PDEATHSIG, t.pdeathsig as u64]);
     }
     b

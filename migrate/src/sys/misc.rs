@@ -162,3 +162,17 @@ pub fn unshare(flags: i32) -> io::Result<()> {
     // SAFETY: no pointers.
     check(unsafe { libc::unshare(flags) } as i64).map(drop)
 }
+
+/// waitpid(2) for a child of this process, until it ends. A process that is no child returns at once.
+pub fn wait(pid: i32) {
+    let mut status = 0;
+    // SAFETY: status outlives the call.
+    while unsafe { libc::waitpid(pid, &mut status, libc::__WALL) } == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::EINTR) {
+    }
+}
+
+/// prctl(2) without pointers: its result, or -1.
+pub fn prctl(option: i32, arg: u64) -> i32 {
+    // SAFETY: used with options that take plain numbers.
+    unsafe { libc::prctl(option, arg, 0, 0, 0) }
+}

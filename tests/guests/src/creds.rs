@@ -143,7 +143,7 @@ pub fn creds(mut kit: Kit) -> io::Result<ExitCode> {
     set_capabilities(chown, chown | bind, bind)?;
     sys!(prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, 10, 0, 0))?;
     sys!(prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
-    sys!(prctl(libc::PR_SET_PDEATHSIG, libc::SIGURG))?;
+    // No parent-death signal of the root's: its parent stays behind, and the copy's would be the agent.
     sys!(prctl(libc::PR_SET_DUMPABLE, 1))?;
     retitle()?;
 

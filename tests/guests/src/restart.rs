@@ -397,6 +397,8 @@ pub fn restart(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
                 let result = wake();
                 kit.expect("waking", result);
             }
+            // A relative timeout starts anew at each of the two moves there and back: the kernel tells nobody what was left of it.
+            let wait = 3 * wait;
             // Every timed call that was under way comes back within this.
             let until = now_ns() + wait + slack + 200_000_000;
             while now_ns() < until {
