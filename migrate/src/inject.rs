@@ -180,6 +180,11 @@ impl Injector {
         self.region.addr(self.slice(task) + OUT)
     }
 
+    /// Reads a u64 from a task's result area.
+    pub fn out_u64(&self, task: usize, offset: usize) -> u64 {
+        self.region.read_u64(self.slice(task) + OUT + offset)
+    }
+
     /// Runs one batch in each task at once. `batches[i]` belongs to task i and may be empty.
     pub fn run(&self, tasks: &[Task], batches: &[Vec<Record>]) -> Result<Vec<Results<'_>>, InjectError> {
         let io = |what| {

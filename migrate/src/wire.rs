@@ -156,8 +156,7 @@ const PART_LEN: usize = 8 << 20;
 
 /// Sends a message.
 pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
-    let payload = codec::encode(m).map_err(|e| WireError::Protocol(format!("nothing: {} does not encode: {e}", m.name())))?;
-    let mut payload = bytes::Bytes::from(payload);
+    let mut payload = codec::encode(m).map_err(|e| WireError::Protocol(format!("nothing: {} does not encode: {e}", m.name())))?;
     while payload.len() > PART_LEN {
         link.send(Section {
             kind: PART,

@@ -4,7 +4,8 @@ use bincode::config;
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::frame::MAX_SECTION;
+/// The most a value may take, in bytes: longer ones travel in several sections, and files hold them whole.
+pub const LIMIT: usize = 256 << 20;
 
 /// Why a value could not be coded.
 #[derive(Debug, thiserror::Error)]
@@ -29,8 +30,8 @@ pub enum CodecError {
 }
 
 /// Little-endian, variable-length integers; lengths are charged against the limit before they are allocated.
-fn layout() -> config::Configuration<config::LittleEndian, config::Varint, config::Limit<MAX_SECTION>> {
-    config::standard().with_limit::<MAX_SECTION>()
+fn layout() -> config::Configuration<config::LittleEndian, config::Varint, config::Limit<LIMIT>> {
+    config::standard().with_limit::<LIMIT>()
 }
 
 /// The bytes of a value.
@@ -39,7 +40,15 @@ pub fn encode<T: Serialize>(value: &T) -> Result<Bytes, CodecError> {
         what: std::any::type_name::<T>(),
         detail: e.to_string(),
     };
-    bincode::serde::encode_to_vec(value, layout()).map(Bytes::from).map_err(failed)
+    let bytes = bincode::serde::encode_to_vec(value, layout()).map_err(failed)?;
+    // What could not be read back is not written.
+    if bytes.len() > LIMIT {
+        return Err(CodecError::Encode {
+            what: std::any::type_name::<T>(),
+            detail: format!("{} bytes, more than the {LIMIT} that can be read back", bytes.len()),
+        });
+    }
+    Ok(Bytes::from(bytes))
 }
 
 /// The value of some bytes, all of them.

@@ -23,8 +23,10 @@ const XCOMP: usize = 248;
 const CLOCKS: usize = 256;
 const SIGACTIONS: usize = 512;
 const TIMERS: usize = SIGACTIONS + 64 * 32;
-/// POSIX timers that fit a batch; a process with more is refused.
-pub const MAX_TIMERS: usize = 20;
+/// POSIX timers whose times fit the result area; a process with more is refused.
+pub const MAX_TIMERS: usize = 600;
+/// Timers asked in one batch.
+const TIMER_BATCH: usize = 60;
 
 const PR_GET_PDEATHSIG: u64 = 2;
 const PR_GET_DUMPABLE: u64 = 3;
@@ -127,10 +129,6 @@ pub fn ask(p: &Proc, maps: &[Mapping], inner: &[i32], tid_map: &HashMap<i32, i32
             for s in 1..=64u64 {
                 b.push(sys(libc::SYS_rt_sigaction, &[s, 0, at(SIGACTIONS + (s as usize - 1) * 32), 8]));
             }
-            for (k, t) in listed.iter().enumerate() {
-                b.push(sys(libc::SYS_timer_gettime, &[t.id as u64, at(TIMERS + k * 32)]));
-                b.push(sys(libc::SYS_timer_getoverrun, &[t.id as u64]));
-            }
         }
         batches.push(b);
     }
@@ -150,14 +148,29 @@ pub fn ask(p: &Proc, maps: &[Mapping], inner: &[i32], tid_map: &HashMap<i32, i32
                 }
             }
         }
-        read_results(&res, &listed, tid_map)
+        let mut overruns = Vec::with_capacity(listed.len());
+        let results = read_results(&res);
+        drop(res);
+        for (n, group) in listed.chunks(TIMER_BATCH).enumerate() {
+            let mut b = Vec::new();
+            for (k, t) in group.iter().enumerate() {
+                let at = inj.out_addr(0) + (TIMERS + (n * TIMER_BATCH + k) * 32) as u64;
+                b.push(sys(libc::SYS_timer_gettime, &[t.id as u64, at]));
+                b.push(sys(libc::SYS_timer_getoverrun, &[t.id as u64]));
+            }
+            let r = inj.run(&p.tasks, &[b])?;
+            overruns.extend(r[0].ret.chunks(2).map(|c| c[1] as i32));
+        }
+        let mut results = results;
+        results.timers = posix_timers(&inj, &listed, &overruns, tid_map);
+        results
     };
     let mut asked = asked;
     asked.table = inj.table();
     Ok((asked, inj))
 }
 
-fn read_results(res: &[Results<'_>], listed: &[timers::Timer], tid_map: &HashMap<i32, i32>) -> Asked {
+fn read_results(res: &[Results<'_>]) -> Asked {
     let threads = res
         .iter()
         .map(|r| AskedThread {
@@ -198,30 +211,10 @@ fn read_results(res: &[Results<'_>], listed: &[timers::Timer], tid_map: &HashMap
             }
         })
         .collect();
-    let first_timer = FIXED + 8 + 3 + 64;
-    let posix = listed
-        .iter()
-        .enumerate()
-        .map(|(k, t)| PosixTimer {
-            id: t.id,
-            clock: t.clock,
-            notify: t.notify,
-            signal: t.signal,
-            sigval: t.value,
-            tid: if t.notify & 4 != 0 {
-                tid_map.get(&t.target).copied().unwrap_or(t.target)
-            } else {
-                0
-            },
-            interval_ns: ts(TIMERS + k * 32),
-            value_ns: ts(TIMERS + k * 32 + 16),
-            overrun: l.ret[first_timer + k * 2 + 1] as i32,
-        })
-        .collect();
     Asked {
         sigactions,
         itimers,
-        timers: posix,
+        timers: Vec::new(),
         brk: l.ret[FIXED] as u64,
         dumpable: l.ret[FIXED + 1].max(0) as u8,
         subreaper: l.u64(SUBREAPER) as i32 != 0 && l.ret[FIXED + 2] == 0,
@@ -233,6 +226,27 @@ fn read_results(res: &[Results<'_>], listed: &[timers::Timer], tid_map: &HashMap
         table: (0, 0),
         mlock_future: 0,
     }
+}
+
+fn posix_timers(inj: &Injector, listed: &[timers::Timer], overruns: &[i32], tid_map: &HashMap<i32, i32>) -> Vec<PosixTimer> {
+    let ts = |at: usize| inj.out_u64(0, at) * 1_000_000_000 + inj.out_u64(0, at + 8);
+    let each = listed.iter().zip(overruns).enumerate();
+    each.map(|(k, (t, &overrun))| PosixTimer {
+        id: t.id,
+        clock: t.clock,
+        notify: t.notify,
+        signal: t.signal,
+        sigval: t.value,
+        tid: if t.notify & 4 != 0 {
+            tid_map.get(&t.target).copied().unwrap_or(t.target)
+        } else {
+            0
+        },
+        interval_ns: ts(TIMERS + k * 32),
+        value_ns: ts(TIMERS + k * 32 + 16),
+        overrun,
+    })
+    .collect()
 }
 
 /// Queued signals, as the image keeps them.

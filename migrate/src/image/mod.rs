@@ -5,13 +5,13 @@
 //!
 //! Pids, tids, process groups and sessions are numbers *as the tree sees them* (its innermost pid namespace).
 
-pub mod codec;
 pub mod fd;
 pub mod memory;
 pub mod task;
 
 pub use fd::*;
 pub use memory::*;
+pub use migrate_transport::codec;
 pub use task::*;
 
 use serde::{Deserialize, Serialize};

@@ -1,7 +1,7 @@
 //! tcp(7): listeners and sockets that have no connection.
 
 use super::{
-    DumpError, Mode,
+    DumpError,
     context::{Context, Shape},
     sharing::Open,
     socket,
@@ -48,8 +48,8 @@ pub(super) fn shape(context: &mut Context<'_>, open: &Open, fd: &OwnedFd, mut so
     let info = fdcalls::get_option(fd.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, INFO).map_err(|e| context.error(open, "TCP_INFO", e))?;
     let word = |at: usize| info.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_ne_bytes);
     let state = info.first().copied().unwrap_or(0);
-    // Of a listener: connections that wait for accept(2), and how many may.
-    let (waiting, backlog) = (word(24), word(28));
+    // Of a listener: how many connections may wait for accept(2).
+    let backlog = word(28);
     let segments = word(136);
     match state {
         LISTEN => {}
@@ -65,10 +65,8 @@ pub(super) fn shape(context: &mut Context<'_>, open: &Open, fd: &OwnedFd, mut so
             return Ok(context.refuse_for_now(open, reason, fix));
         }
     }
-    if state == LISTEN && waiting > 0 && context.mode == Mode::Frozen {
-        let reason = format!("{waiting} TCP connections wait to be accepted");
-        return Ok(context.refuse_for_now(open, reason, "it passes once the process accepts them"));
-    }
+    // Connections that wait to be accepted are no obstacle: more arrive as long as the tree stands still, none of them has been served, and all are
+    // reset when the original ends. Refusing them kept a busy server from ever moving.
     // A protocol on top (kTLS, MPTCP) has a state of its own.
     if let Ok(ulp) = fdcalls::get_option(fd.as_fd(), libc::IPPROTO_TCP, 31, 16)
         && ulp.first().is_some_and(|&b| b != 0)
