@@ -171,7 +171,7 @@ fn throughput() {
     if !theirs.is_empty() {
         row("plain QUIC between the same hosts", "MiB/s", theirs);
         ratio.sort_by(f64::total_cmp);
-        println!("| the first over the second | {:.2} | |", ratio[ratio.len() / 2]);
+        println!("| the first over the second, run by run | {:.2} | |", ratio[ratio.len() / 2]);
     }
 }
 
