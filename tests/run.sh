@@ -6,8 +6,8 @@ log=$(mktemp)
 MIGRATE_SKIPS=$(mktemp)
 export MIGRATE_SKIPS
 trap 'rm -f "$log" "$MIGRATE_SKIPS"' EXIT
-# Two cores: more tests at once make the timings of all of them worthless.
-export RUST_TEST_THREADS=${RUST_TEST_THREADS:-2}
+# Two cores, and every test has two hosts with an agent each: more tests at once starve them and make their timings worthless.
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-1}
 
 failed_builds=0
 run() { # what, limit in seconds, arguments of cargo test

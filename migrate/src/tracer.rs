@@ -16,8 +16,10 @@ use crate::{
     sys::{misc, ptrace},
 };
 use std::{
+    collections::BTreeMap,
     io,
     marker::PhantomData,
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -192,7 +194,7 @@ impl Frozen {
 
     /// Waits for fresh stops. False: something hangs in vfork, all was let go.
     fn collect_stops(&mut self, fresh: Vec<(usize, i32)>, deadline: Instant) -> Result<bool, FreezeError> {
-        let patience = Instant::now() + Duration::from_millis(20);
+        let patience = Instant::now() + Duration::from_millis(50);
         let mut waiting = fresh;
         let mut spins = 0u32;
         while !waiting.is_empty() {
@@ -202,6 +204,7 @@ impl Frozen {
                     if let Some(group_stopped) = stop
                         && let Ok(regs) = ptrace::regs(tid)
                     {
+                        note_call(tid, &regs);
                         self.procs[at].tasks.push(Task { tid, regs, group_stopped });
                     }
                     false
@@ -412,6 +415,26 @@ pub fn wait_stop_once(tid: i32) -> io::Result<Option<Option<bool>>> {
             Ok(None)
         }
     }
+}
+
+/// Calls with a restart block that tasks were stopped in: (task, instruction and stack pointer) to the call's number.
+///
+/// A task that is let go on after a freeze that failed is inside restart_syscall(2), and no register says any more what it had called.
+static CALLS: Mutex<BTreeMap<(i32, u64, u64), u64>> = Mutex::new(BTreeMap::new());
+const RESTART_SYSCALL: u64 = 219;
+
+fn note_call(tid: i32, r: &Regs) {
+    if r.rax as i64 == -516
+        && r.orig_rax != RESTART_SYSCALL
+        && let Ok(mut calls) = CALLS.lock()
+    {
+        calls.insert((tid, r.rip, r.rsp), r.orig_rax);
+    }
+}
+
+/// The call that a task in restart_syscall(2) goes on with, when an earlier freeze of this agent saw it.
+pub fn interrupted_call(tid: i32, r: &Regs) -> Option<u64> {
+    CALLS.lock().ok()?.get(&(tid, r.rip, r.rsp)).copied()
 }
 
 type Job = Box<dyn FnOnce() + Send>;

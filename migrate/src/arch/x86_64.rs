@@ -39,6 +39,20 @@ pub fn restart_anew(r: &Regs) -> Regs {
     r
 }
 
+/// The number of the call that a task goes on with in restart_syscall(2), from the code in front of its instruction pointer.
+///
+/// A task that was interrupted once and let go on is inside restart_syscall, whose state the copy does not have, and the number of the
+/// call it stands for is in no register. Nearly all code loads it as a constant right before: `mov eax, imm32`.
+pub fn restarted_call(code: &[u8]) -> Option<u64> {
+    const NANOSLEEP: u32 = 35;
+    const CALLS: [u32; 4] = [NANOSLEEP, 230, 7, 202];
+    let code = code.strip_suffix(&[0x0f, 0x05])?;
+    let at = code
+        .windows(5)
+        .rposition(|w| w[0] == 0xb8 && CALLS.contains(&u32::from_le_bytes([w[1], w[2], w[3], w[4]])))?;
+    Some(u64::from(u32::from_le_bytes(code[at + 1..at + 5].try_into().ok()?)))
+}
+
 /// The same for the original task itself, whose restart block is intact.
 pub fn restart_in_place(r: &Regs) -> Regs {
     let mut out = restart_anew(r);
@@ -190,6 +204,14 @@ mod tests {
         };
         assert_eq!(restart_in_place(&r).rax, 219);
         assert_eq!(restart_anew(&r).rax, 35);
+    }
+
+    #[test]
+    fn the_call_behind_a_restart() {
+        assert_eq!(restarted_call(&[0x90, 0xb8, 230, 0, 0, 0, 0x0f, 0x05]), Some(230));
+        assert_eq!(restarted_call(&[0xb8, 7, 0, 0, 0, 0x48, 0x89, 0xf7, 0x0f, 0x05]), Some(7));
+        assert_eq!(restarted_call(&[0xb8, 9, 0, 0, 0, 0x0f, 0x05]), None);
+        assert_eq!(restarted_call(&[]), None);
     }
 
     #[test]

