@@ -275,19 +275,18 @@ pub fn thread(pid: i32, task: &crate::tracer::Task, asked: &AskedThread, all_cpu
         .unwrap_or(0);
     let mut regs = task.regs;
     const RESTART_SYSCALL: u64 = 219;
-    if regs.rax as i64 == -516 {
-        if regs.orig_rax == RESTART_SYSCALL {
-            let mut code = [0u8; 48];
-            let read = || {
-                crate::sys::mem::read(pid, regs.rip.wrapping_sub(48), &mut code)
-                    .ok()
-                    .and_then(|()| crate::arch::restarted_call(&code))
-            };
-            match crate::tracer::interrupted_call(tid, &regs).or_else(read) {
-                Some(nr) => regs.orig_rax = nr,
-                // What the kernel itself answers when it has lost the restart block.
-                None => regs.rax = -i64::from(libc::EINTR) as u64,
-            }
+    if regs.rax as i64 == -516 && regs.orig_rax == RESTART_SYSCALL {
+        let mut code = [0u8; 48];
+        let read = || {
+            let at = regs.rip.wrapping_sub(48);
+            crate::sys::mem::read(pid, at, &mut code)
+                .ok()
+                .and_then(|()| crate::arch::restarted_call(&code))
+        };
+        match crate::tracer::interrupted_call(tid, &regs).or_else(read) {
+            Some(nr) => regs.orig_rax = nr,
+            // What the kernel itself answers when it has lost the restart block.
+            None => regs.rax = -i64::from(libc::EINTR) as u64,
         }
     }
     Ok(Thread {
