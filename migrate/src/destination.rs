@@ -5,7 +5,6 @@
 
 use crate::{
     dump,
-    image::Tree,
     journal::{self, Entry, Journal, Side, Stage},
     oracle, preflight,
     report::{Downtime, Event, Events, Failure, Report, Round, Stdio},
@@ -416,9 +415,4 @@ fn decide_against(journal: &Journal) -> bool {
         .word(WORD)
         .compare_exchange(0, 2, Ordering::AcqRel, Ordering::Acquire)
         .is_ok()
-}
-
-/// Whether a tree fits this host as far as it can tell alone; for `migrate check`.
-pub fn fits(tree: &Tree) -> Vec<crate::blocker::Blocker> {
-    preflight::tree(tree).0
 }

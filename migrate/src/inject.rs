@@ -82,10 +82,6 @@ pub struct Results<'a> {
 }
 
 impl Results<'_> {
-    /// Reads from the result area.
-    pub fn out(&self, offset: usize, buf: &mut [u8]) {
-        self.region.read(self.slice + OUT + offset, buf);
-    }
     /// Reads a u64 from the result area.
     pub fn u64(&self, offset: usize) -> u64 {
         self.region.read_u64(self.slice + OUT + offset)

@@ -243,25 +243,25 @@ impl Rebuild {
                         .unwrap_or(0);
                     let slot = self.slots[i][at];
                     let control = self.pilots.control(self.slots[c][0], self.tree.processes[i].pid);
-                    let set_tid = b.data(&pid.to_le_bytes());
-                    let set_tid = self.pilots.address_of(slot, set_tid);
-                    let args: Vec<u8> = [0, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0]
-                        .iter()
-                        .flat_map(|v: &u64| v.to_le_bytes())
-                        .collect();
-                    let args = b.data(&args);
-                    b.call_eq(
-                        format!("create process {pid}"),
-                        pid as i64,
-                        libc::SYS_clone3,
-                        &[args, 88, 0, 0, 0, control],
-                    );
+                    self.clone_call(&mut b, slot, format!("create process {pid}"), pid, [0, exit_signal], control);
                     self.pilots.run(slot, &b)?;
                     self.descend(c, steps)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Adds a clone3 with a chosen id to a batch of `slot`; the child goes on as a pilot with this control block.
+    fn clone_call(&self, b: &mut Batch, slot: usize, what: String, id: i32, [flags, exit_signal]: [u64; 2], control: u64) {
+        let set_tid = b.data(&id.to_le_bytes());
+        let set_tid = self.pilots.address_of(slot, set_tid);
+        let args: Vec<u8> = [flags, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0]
+            .iter()
+            .flat_map(|v: &u64| v.to_le_bytes())
+            .collect();
+        let args = b.data(&args);
+        b.call_eq(what, id as i64, libc::SYS_clone3, &[args, 88, 0, 0, 0, control]);
     }
 
     /// Finds the agent-side pid of every process.
@@ -415,7 +415,8 @@ impl Rebuild {
 
     /// Everything but the release: descriptors, threads, state. `guards` by address space.
     pub fn complete(&mut self, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
-        let tree = std::mem::replace(&mut self.tree, empty_tree());
+        let nothing = Tree::empty(self.tree.host.clone());
+        let tree = std::mem::replace(&mut self.tree, nothing);
         let r = self.complete_with(&tree, stdio, guards);
         self.tree = tree;
         r
@@ -634,18 +635,13 @@ impl Rebuild {
                     |parent| self.tree.processes[parent as usize].pid,
                 );
                 let control = self.pilots.control(slot, ppid);
-                let set_tid = b.data(&tid.to_le_bytes());
-                let set_tid = self.pilots.address_of(leader, set_tid);
-                let args: Vec<u8> = [CLONE_THREAD_FLAGS, 0, 0, 0, 0, 0, 0, 0, set_tid, 1, 0]
-                    .iter()
-                    .flat_map(|v: &u64| v.to_le_bytes())
-                    .collect();
-                let args = b.data(&args);
-                b.call_eq(
+                self.clone_call(
+                    &mut b,
+                    leader,
                     format!("create thread {tid}"),
-                    tid as i64,
-                    libc::SYS_clone3,
-                    &[args, 88, 0, 0, 0, control],
+                    tid,
+                    [CLONE_THREAD_FLAGS, 0],
+                    control,
                 );
             }
             self.pilots.run(leader, &b)?;
@@ -831,31 +827,5 @@ fn visit(tid: i32, range: (u64, u64), f: impl Fn(&crate::image::Regs) -> io::Res
             return Err(io::ErrorKind::TimedOut.into());
         }
         std::thread::sleep(Duration::from_micros(100));
-    }
-}
-
-fn empty_tree() -> Tree {
-    Tree {
-        host: crate::image::Host {
-            hostname: String::new(),
-            kernel: String::new(),
-            boot_id: String::new(),
-            page_size: 0,
-            xcr0: 0,
-            xsave_size: 0,
-            cpu_flags: Vec::new(),
-            vdso_hash: String::new(),
-            vdso_layout: [0; 3],
-        },
-        clocks: crate::image::Clocks {
-            monotonic_ns: 0,
-            boottime_ns: 0,
-            realtime_ns: 0,
-        },
-        processes: Vec::new(),
-        mms: Vec::new(),
-        objects: Vec::new(),
-        descriptions: Vec::new(),
-        pipes: Vec::new(),
     }
 }
