@@ -54,8 +54,21 @@ fn lives_on_once<'a>(hosts: &'a Hosts, guest: &Guest, when: &str) -> (&'a Host, 
     }
     let settled = eventually(Duration::from_secs(5), || copies(hosts, guest).len() == 1);
     let list = copies(hosts, guest);
-    assert!(settled, "{when}: {} copies: {:?}", list.len(), names(&list));
+    assert!(settled, "{when}: {} copies: {:?}\n{}", list.len(), names(&list), look(&list));
     list[0]
+}
+
+/// What /proc tells of processes that should not be there.
+fn look(list: &[(&Host, i32)]) -> String {
+    let mut text = String::new();
+    for (host, pid) in list {
+        let Some(outer) = host.outer(*pid) else { continue };
+        for name in ["status", "syscall", "wchan", "stack", "maps"] {
+            let told = fs::read_to_string(format!("/proc/{outer}/{name}")).unwrap_or_else(|e| e.to_string());
+            text += &format!("--- {} {pid} {name}\n{told}\n", host.name());
+        }
+    }
+    text
 }
 
 /// What an operator does: starts a receiver on B again, if none runs, and has A ask it.
