@@ -48,5 +48,6 @@ pub mod report;
 pub mod restore;
 pub mod source;
 pub mod sys;
+pub mod track;
 pub mod tracer;
 pub mod wire;
