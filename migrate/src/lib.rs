@@ -49,6 +49,6 @@ pub mod report;
 pub mod restore;
 pub mod source;
 pub mod sys;
-pub mod track;
 pub mod tracer;
+pub mod track;
 pub mod wire;

@@ -243,7 +243,13 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut Cache) 
         }));
     }
     let exec = m.prot & 4 != 0;
-    let key = (meta.st_dev, meta.st_ino, meta.st_size, meta.st_mtime * 1_000_000_000 + meta.st_mtime_nsec as i64, exec);
+    let key = (
+        meta.st_dev,
+        meta.st_ino,
+        meta.st_size,
+        meta.st_mtime * 1_000_000_000 + meta.st_mtime_nsec as i64,
+        exec,
+    );
     let file = match cache.files.get(&key).filter(|f| f.path == path) {
         Some(f) => f.clone(),
         None => {

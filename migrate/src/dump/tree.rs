@@ -156,13 +156,7 @@ pub fn frozen(f: &mut Frozen, host: Host, cache: &mut mm::Cache) -> Result<(Dump
     Ok((d, injectors))
 }
 
-fn collect(
-    procs: &[Proc],
-    asked: &mut [task::Asked],
-    host: Host,
-    mode: fds::Mode,
-    cache: &mut mm::Cache,
-) -> Result<Dumped, DumpError> {
+fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mode, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
     let mut blockers = Vec::new();
     let mut objects = ObjectTable::default();
     let all_cpus = online_cpus();

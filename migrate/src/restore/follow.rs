@@ -180,7 +180,9 @@ impl Rebuild {
         // What its parent has mapped by now, and where the kernel's own mappings are.
         let parent_mm = self.tree.mms.get(self.tree.processes[parent].mm as usize).cloned();
         let zombie_parent = self.tree.processes[parent].zombie.is_some();
-        let mm = parent_mm.filter(|_| !zombie_parent).ok_or_else(|| failed("find its parent's memory"))?;
+        let mm = parent_mm
+            .filter(|_| !zombie_parent)
+            .ok_or_else(|| failed("find its parent's memory"))?;
         let large: Vec<&Vma> = mm
             .vmas
             .iter()
@@ -192,7 +194,11 @@ impl Rebuild {
             for v in &large {
                 b.call(what, libc::SYS_madvise, &[v.start, v.len(), advice as u64]);
             }
-            if b.is_empty() { Ok(()) } else { me.pilots.run(leader, &b).map(drop) }
+            if b.is_empty() {
+                Ok(())
+            } else {
+                me.pilots.run(leader, &b).map(drop)
+            }
         };
         advise(self, "keep memory out of a fork", libc::MADV_DONTFORK)?;
         let mut b = Batch::new();
@@ -215,7 +221,13 @@ impl Rebuild {
         let mut b = Batch::new();
         mm::empty_again(&mut b, self.pilots.range(), &self.park, &special);
         self.pilots.run(self.slots[i][0], &b)?;
-        let others = self.slots[i].iter().copied().zip(&p.threads).skip(1).map(|(s, t)| (s, t.tid)).collect();
+        let others = self.slots[i]
+            .iter()
+            .copied()
+            .zip(&p.threads)
+            .skip(1)
+            .map(|(s, t)| (s, t.tid))
+            .collect();
         self.make_threads(i, others)
     }
 

@@ -198,7 +198,8 @@ pub fn protect(out: &mut Batches, start: u64, end: u64, prot: u8, pkey: Option<u
         return;
     };
     let args = [start, end - start, prot as u64, pkey as u64];
-    out.room(1).call(format!("pkey_mprotect {start:#x}"), libc::SYS_pkey_mprotect, &args);
+    out.room(1)
+        .call(format!("pkey_mprotect {start:#x}"), libc::SYS_pkey_mprotect, &args);
 }
 
 /// Maps everything into an emptied address space. Batches of at most `cap` records.
@@ -227,7 +228,8 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, cap: usize) -> Batches {
     for key in (1..highest).filter(|k| mm.pkeys >> k & 1 == 0) {
         out.room(1).call("free a protection key", libc::SYS_pkey_free, &[key as u64]);
     }
-    out.room(1).call("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
+    out.room(1)
+        .call("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
     out
 }
 

@@ -686,7 +686,13 @@ impl Rebuild {
 
     fn threads(&mut self, i: usize) -> Result<(), PilotError> {
         let p = &self.tree.processes[i];
-        let others = self.slots[i].iter().copied().zip(&p.threads).skip(1).map(|(s, t)| (s, t.tid)).collect();
+        let others = self.slots[i]
+            .iter()
+            .copied()
+            .zip(&p.threads)
+            .skip(1)
+            .map(|(s, t)| (s, t.tid))
+            .collect();
         self.make_threads(i, others)
     }
 

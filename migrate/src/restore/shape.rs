@@ -62,7 +62,10 @@ pub fn processes(old: &Tree, new: &Tree) -> Result<Shape, String> {
                 if p.sid == p.pid && p.zombie.is_none() {
                     shape.setsid.push(i);
                 } else if p.sid != parent.sid && p.zombie.is_none() {
-                    return Err(format!("process {} is in a session it cannot inherit from its parent {}", p.pid, parent.pid));
+                    return Err(format!(
+                        "process {} is in a session it cannot inherit from its parent {}",
+                        p.pid, parent.pid
+                    ));
                 }
             }
         }
@@ -223,17 +226,30 @@ fn tweak(c: &mut Change, o: &Vma, n: &Vma, start: u64, end: u64) {
         }
     };
     let pick = |on: bool, yes: i32, no: i32| if on { yes } else { no };
-    advise(f.dont_fork != g.dont_fork, pick(g.dont_fork, libc::MADV_DONTFORK, libc::MADV_DOFORK));
+    advise(
+        f.dont_fork != g.dont_fork,
+        pick(g.dont_fork, libc::MADV_DONTFORK, libc::MADV_DOFORK),
+    );
     advise(
         f.wipe_on_fork != g.wipe_on_fork,
         pick(g.wipe_on_fork, libc::MADV_WIPEONFORK, libc::MADV_KEEPONFORK),
     );
-    advise(f.dont_dump != g.dont_dump, pick(g.dont_dump, libc::MADV_DONTDUMP, libc::MADV_DODUMP));
+    advise(
+        f.dont_dump != g.dont_dump,
+        pick(g.dont_dump, libc::MADV_DONTDUMP, libc::MADV_DODUMP),
+    );
     advise(
         (f.sequential, f.random) != (g.sequential, g.random),
-        pick(g.sequential, libc::MADV_SEQUENTIAL, pick(g.random, libc::MADV_RANDOM, libc::MADV_NORMAL)),
+        pick(
+            g.sequential,
+            libc::MADV_SEQUENTIAL,
+            pick(g.random, libc::MADV_RANDOM, libc::MADV_NORMAL),
+        ),
     );
-    advise(f.mergeable != g.mergeable, pick(g.mergeable, libc::MADV_MERGEABLE, libc::MADV_UNMERGEABLE));
+    advise(
+        f.mergeable != g.mergeable,
+        pick(g.mergeable, libc::MADV_MERGEABLE, libc::MADV_UNMERGEABLE),
+    );
     advise(
         (f.huge, f.no_huge) != (g.huge, g.no_huge),
         pick(g.huge, libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE),

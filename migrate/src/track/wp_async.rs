@@ -76,7 +76,10 @@ impl WpAsync {
         if self.void.overlaps(vma.start, vma.end) {
             self.void.remove(vma.start, vma.end);
             let whole = self.whole(vma, held)?;
-            scan = Scan { gone: PageSet::new(), ..whole };
+            scan = Scan {
+                gone: PageSet::new(),
+                ..whole
+            };
         }
         if over_file(vma) {
             // Dropped pages of a private file mapping show the file again: seen here as well as at the last look, so that the lists stay short.
@@ -93,7 +96,10 @@ impl WpAsync {
         for &(a, b) in held.ranges() {
             let mut found = Vec::new();
             self.pagemap.populated(a, b, &mut found).map_err(changed)?;
-            found.iter().filter(|r| !r.file && !r.guard).for_each(|r| private.insert(r.start, r.end));
+            found
+                .iter()
+                .filter(|r| !r.file && !r.guard)
+                .for_each(|r| private.insert(r.start, r.end));
         }
         Ok(held.difference(&private))
     }
