@@ -431,6 +431,9 @@ async fn last<L: Link>(
 
 /// Receives pages until the stream ends, and writes them from a thread of their own.
 async fn pages<L: Link>(link: &mut L, sink: Sink, number: u32, total: u64, events: &Events) -> Result<Round, String> {
+    if total == 0 {
+        return Ok(Round::default());
+    }
     let start = Instant::now();
     let mut stream = link.accept_pages().await.map_err(|e| e.to_string())?;
     let (tx, rx) = std::sync::mpsc::sync_channel::<PageFrame>(4);
