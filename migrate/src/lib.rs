@@ -48,4 +48,5 @@ pub mod restore;
 pub mod source;
 pub mod sys;
 pub mod tracer;
+pub mod vacate;
 pub mod wire;

@@ -2,6 +2,7 @@
 
 use super::fds::{FileUse, same_file};
 use super::pilots::{Batch, PilotError, Pilots};
+use super::vdso::{self, Foreign};
 use crate::{
     image::{Backing, FileId, Mm, PAGE, Vma},
     procfs::maps,
@@ -86,8 +87,8 @@ pub fn empty(keep: (u64, u64), park: &Parking) -> std::io::Result<Batch> {
 /// Index of the descriptor a mapping maps, once all of a process's mapping descriptors were received as 0, 1, 2 ...
 pub type FdOf<'a> = &'a dyn Fn(&Vma) -> Option<u64>;
 
-/// Maps everything. Batches of at most `cap` records.
-pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) -> Vec<Batch> {
+/// Maps everything. Batches of at most `cap` records. `foreign`: what it gets in place of the kernel's own mappings.
+pub fn map(mm: &Mm, park: &Parking, foreign: Option<&Foreign>, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) -> Vec<Batch> {
     let mut out = vec![Batch::new()];
     macro_rules! b {
         () => {{
@@ -97,9 +98,20 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
             out.last_mut().unwrap()
         }};
     }
+    let droppable = misc::droppable_works();
+    for (what, ret, nr, args) in foreign.iter().flat_map(|f| f.calls(park)) {
+        b!().call_eq(what, ret, nr, &args);
+    }
+    if let Some(f) = foreign {
+        let b = b!();
+        let name = b.data(vdso::NAME);
+        b.try_call("name the vdso of another kernel", libc::SYS_prctl, &f.name_args(name));
+    }
     for v in &mm.vmas {
         if let Backing::Special(name) = &v.backing {
-            if let Some((_, off, len)) = park.special.iter().find(|s| s.0 == *name) {
+            if foreign.is_none()
+                && let Some((_, off, len)) = park.special.iter().find(|s| s.0 == *name)
+            {
                 let args = [park.at + off, *len, *len, 3, v.start];
                 b!().call_eq(format!("move {name} to {:#x}", v.start), v.start as i64, libc::SYS_mremap, &args);
             }
@@ -109,7 +121,7 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
         let mut flags = libc::MAP_FIXED_NOREPLACE as u64;
         flags |= if v.shared {
             libc::MAP_SHARED as u64
-        } else if v.flags.droppable {
+        } else if v.flags.droppable && droppable {
             MAP_DROPPABLE
         } else {
             libc::MAP_PRIVATE as u64
@@ -138,8 +150,8 @@ pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) ->
         let f = &v.flags;
         for (on, advice) in [
             (f.dont_fork, libc::MADV_DONTFORK),
-            (f.wipe_on_fork && !f.droppable, libc::MADV_WIPEONFORK),
-            (f.dont_dump && !f.droppable, libc::MADV_DONTDUMP),
+            (f.wipe_on_fork && !(f.droppable && droppable), libc::MADV_WIPEONFORK),
+            (f.dont_dump && !(f.droppable && droppable), libc::MADV_DONTDUMP),
             (f.sequential, libc::MADV_SEQUENTIAL),
             (f.random, libc::MADV_RANDOM),
             (f.mergeable, libc::MADV_MERGEABLE),

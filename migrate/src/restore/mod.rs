@@ -8,3 +8,4 @@ pub mod plan;
 pub mod rebuild;
 pub mod sink;
 pub mod task;
+pub mod vdso;

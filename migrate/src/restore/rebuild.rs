@@ -8,7 +8,7 @@ use super::{
     pilots::{Batch, PilotError, Pilots},
     plan::{self, Step},
     sink::Sink,
-    task,
+    task, vdso,
 };
 use crate::{
     arch::{self, inject_stub, pilot},
@@ -60,6 +60,8 @@ pub struct Rebuild {
     /// One per object of the tree.
     objects: Vec<OwnedFd>,
     park: mm::Parking,
+    /// Where this kernel's own mappings go in a process that comes with another kernel's vdso.
+    vdso_at: u64,
     released: bool,
     init: Option<i32>,
     /// The fresh mount namespace, for the root to enter.
@@ -95,10 +97,11 @@ impl Rebuild {
         let (mut park, mut used) = mm::parking(0).map_err(PilotError::agent("read own mappings"))?;
         used.extend(tree.mms.iter().flat_map(|m| m.vmas.iter().map(|v| (v.start, v.end))));
         const GAP: u64 = 2 << 20;
-        let total = space.next_multiple_of(GAP) + GAP + park.len;
+        let behind = space.next_multiple_of(GAP) + GAP;
+        let total = behind + 2 * park.len.next_multiple_of(GAP);
         let base = plan::free_range(&used, total)
             .ok_or_else(|| PilotError::agent("find free addresses for the pilots")(io::ErrorKind::OutOfMemory.into()))?;
-        park.at = base + space.next_multiple_of(GAP) + GAP;
+        park.at = base + behind;
         let pilots = Pilots::create(base, word, &tasks).map_err(PilotError::agent("map the pilots' region"))?;
         let (ours, theirs) = nix::sys::socket::socketpair(
             nix::sys::socket::AddressFamily::Unix,
@@ -125,6 +128,7 @@ impl Rebuild {
             socket: ours,
             socket_number,
             objects,
+            vdso_at: park.at + park.len.next_multiple_of(GAP),
             park,
             released: false,
             init: None,
@@ -390,7 +394,9 @@ impl Rebuild {
         };
         let slot = self.slots[i][0];
         let (records, _) = self.pilots.capacity(slot);
-        let mut batches = mm::map(&mm, &self.park, &fd_of, exe_fd, records - 8);
+        let foreign = vdso::foreign(&mm, &self.tree.vdsos, &self.park, self.vdso_at)
+            .map_err(|e| PilotError::agent("replace the vdso of another kernel")(io::Error::other(e)))?;
+        let mut batches = mm::map(&mm, &self.park, foreign.as_ref(), &fd_of, exe_fd, records - 8);
         if let Some(last) = batches.last_mut() {
             mm::resolve_auxv(last, &self.pilots, slot, mm.auxv.len());
             last.call("close mapping descriptors", libc::SYS_close_range, &[0, self.socket_number - 1, 0]);
@@ -398,7 +404,10 @@ impl Rebuild {
         for b in &batches {
             self.pilots.run(slot, b)?;
         }
-        Ok(())
+        match foreign {
+            Some(f) => f.write(self.pids[i]).map_err(PilotError::agent("write the vdso of another kernel")),
+            None => Ok(()),
+        }
     }
 
     /// Where pages go. Usable from other threads until [`Rebuild::complete`].
