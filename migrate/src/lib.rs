@@ -51,4 +51,5 @@ pub mod source;
 pub mod sys;
 pub mod tracer;
 pub mod track;
+pub mod vacate;
 pub mod wire;

@@ -1,6 +1,6 @@
 //! A whole tree: the inventory of a running one for preflight, and the full state of a frozen one.
 
-use super::{fds, files, mm, objects::ObjectTable, task};
+use super::{fds, files, mm, objects::ObjectTable, task, vdso};
 use crate::{
     blocker::Blocker,
     image::{Clocks, Host, Mm, Process, Thread, Tree},
@@ -8,6 +8,7 @@ use crate::{
     procfs::{self, maps, stat, status},
     sys::misc::{self, Shared},
     tracer::{Frozen, Proc, Task, discover},
+    vacate,
 };
 use std::{
     collections::HashMap,
@@ -99,6 +100,7 @@ fn look(root: i32, host: Host, cache: &mut mm::Cache, mode: fds::Mode) -> Result
 pub fn frozen(f: &mut Frozen, host: Host, cache: &mut mm::Cache) -> Result<(Dumped, Vec<Option<Injector>>), DumpError> {
     let mut asked = Vec::new();
     let mut injectors = Vec::new();
+    let inside: Vec<Blocker> = f.procs.iter().filter_map(in_the_vdso).collect();
     for i in 0..f.procs.len() {
         if f.procs[i].is_zombie() {
             asked.push(task::Asked::default());
@@ -135,6 +137,7 @@ pub fn frozen(f: &mut Frozen, host: Host, cache: &mut mm::Cache) -> Result<(Dump
         }
     }
     let mut d = collect(&f.procs, &mut asked, host, fds::Mode::Frozen, cache)?;
+    d.blockers.extend(inside);
     for (p, place) in f.procs.iter().map(|p| (p, place(p.pid))) {
         if !p.is_zombie() && p.tasks[0].tid != p.pid {
             d.blockers.push(Blocker::new(
@@ -156,6 +159,13 @@ pub fn frozen(f: &mut Frozen, host: Host, cache: &mut mm::Cache) -> Result<(Dump
     Ok((d, injectors))
 }
 
+/// A thread that the freeze found in the middle of the vdso: it could not go on there on another kernel.
+fn in_the_vdso(p: &Proc) -> Option<Blocker> {
+    let tid = vacate::left_inside(p)?;
+    let what = format!("{} thread {tid}", place(p.pid));
+    Some(Blocker::new(what, "it is in the middle of a function of the kernel's vdso", "try again").transient())
+}
+
 fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mode, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
     let mut blockers = Vec::new();
     let mut objects = ObjectTable::default();
@@ -163,6 +173,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
     let frozen = matches!(mode, fds::Mode::Frozen);
     let mut processes = Vec::new();
     let mut mms = Vec::new();
+    let mut vdsos = Vec::new();
     let mut sources = Vec::new();
     for (i, p) in procs.iter().enumerate() {
         // Gone since the search of a running tree: the caller looks again.
@@ -179,6 +190,8 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
             // A new mapping shows what mlockall(MCL_FUTURE) does to new mappings.
             a.mlock_future = if t.has(b"lf") { 2 } else { u8::from(t.has(b"lo")) };
         }
+        let auxv = procfs::read(p.pid, "auxv")?;
+        let (maps, vdso) = vdso::original(p.pid, &auxv, maps, &mut vdsos)?;
         let vmas = mm::vmas(p.pid, &here, &maps, a.table, &mut objects, cache, &mut blockers)?;
         let pkeys = vmas.iter().fold(0u16, |k, v| k | 1 << v.pkey) & !1;
         let exe = std::fs::read_link(procfs::path(p.pid, "exe"))?;
@@ -195,8 +208,9 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         mms.push(Mm {
             vmas,
             layout: task::layout(p, a.brk),
-            auxv: procfs::read(p.pid, "auxv")?,
+            auxv,
             exe,
+            vdso,
             dumpable: a.dumpable,
             thp_disable: a.thp_disable,
             membarrier: a.membarrier,
@@ -276,6 +290,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         },
         processes,
         mms,
+        vdsos,
         objects,
         descriptions: tables.descriptions,
         pipes: tables.pipes,

@@ -210,14 +210,7 @@ impl Rebuild {
         if self.fresh {
             self.locate()?;
         }
-        let special: Vec<(String, u64)> = mm
-            .vmas
-            .iter()
-            .filter_map(|v| match &v.backing {
-                Backing::Special(name) => Some((name.clone(), v.start)),
-                _ => None,
-            })
-            .collect();
+        let special = self.special(&mm, &self.tree.vdsos)?;
         let mut b = Batch::new();
         mm::empty_again(&mut b, self.pilots.range(), &self.park, &special);
         self.pilots.run(self.slots[i][0], &b)?;
@@ -241,14 +234,7 @@ impl Rebuild {
             .then(|| shape::change(&old.mms[a], &new, &same_object))
             .flatten();
         let Some(change) = change else {
-            let special: Vec<(String, u64)> = old.mms[a]
-                .vmas
-                .iter()
-                .filter_map(|v| match &v.backing {
-                    Backing::Special(name) => Some((name.clone(), v.start)),
-                    _ => None,
-                })
-                .collect();
+            let special = self.special(&old.mms[a], &old.vdsos)?;
             let mut batch = Batch::new();
             mm::empty_again(&mut batch, self.pilots.range(), &self.park, &special);
             self.pilots.run(slot, &batch)?;

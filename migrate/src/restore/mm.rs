@@ -2,6 +2,7 @@
 
 use super::fds::{FileUse, same_file};
 use super::pilots::{Batch, PilotError, Pilots};
+use super::vdso::{self, Foreign};
 use crate::{
     image::{Backing, FileId, Mm, PAGE, Vma},
     procfs::maps,
@@ -126,9 +127,10 @@ impl Batches {
 pub fn map_one(out: &mut Batches, v: &Vma, fd_of: FdOf<'_>) {
     let what = format!("map {:x}-{:x}", v.start, v.end);
     let mut flags = libc::MAP_FIXED_NOREPLACE as u64;
+    let droppable = v.flags.droppable && misc::droppable_works();
     flags |= if v.shared {
         libc::MAP_SHARED as u64
-    } else if v.flags.droppable {
+    } else if droppable {
         MAP_DROPPABLE
     } else {
         libc::MAP_PRIVATE as u64
@@ -157,8 +159,8 @@ pub fn map_one(out: &mut Batches, v: &Vma, fd_of: FdOf<'_>) {
     let f = &v.flags;
     for (on, advice) in [
         (f.dont_fork, libc::MADV_DONTFORK),
-        (f.wipe_on_fork && !f.droppable, libc::MADV_WIPEONFORK),
-        (f.dont_dump && !f.droppable, libc::MADV_DONTDUMP),
+        (f.wipe_on_fork && !droppable, libc::MADV_WIPEONFORK),
+        (f.dont_dump && !droppable, libc::MADV_DONTDUMP),
         (f.sequential, libc::MADV_SEQUENTIAL),
         (f.random, libc::MADV_RANDOM),
         (f.mergeable, libc::MADV_MERGEABLE),
@@ -202,15 +204,25 @@ pub fn protect(out: &mut Batches, start: u64, end: u64, prot: u8, pkey: Option<u
         .call(format!("pkey_mprotect {start:#x}"), libc::SYS_pkey_mprotect, &args);
 }
 
-/// Maps everything into an emptied address space. Batches of at most `cap` records.
-pub fn map(mm: &Mm, park: &Parking, fd_of: FdOf<'_>, cap: usize) -> Batches {
+/// Maps everything into an emptied address space. Batches of at most `cap` records. `foreign`: what it gets in place of the kernel's own mappings.
+pub fn map(mm: &Mm, park: &Parking, foreign: Option<&Foreign>, fd_of: FdOf<'_>, cap: usize) -> Batches {
     let mut out = Batches::new(cap);
+    for (what, ret, nr, args) in foreign.iter().flat_map(|f| f.calls(park)) {
+        out.room(1).call_eq(what, ret, nr, &args);
+    }
+    if let Some(f) = foreign {
+        let b = out.room(1);
+        let name = b.data(vdso::NAME);
+        b.try_call("name the vdso of another kernel", libc::SYS_prctl, &f.name_args(name));
+    }
     for v in &mm.vmas {
         let Backing::Special(name) = &v.backing else {
             map_one(&mut out, v, fd_of);
             continue;
         };
-        if let Some((_, off, len)) = park.special.iter().find(|s| s.0 == *name) {
+        if foreign.is_none()
+            && let Some((_, off, len)) = park.special.iter().find(|s| s.0 == *name)
+        {
             let args = [park.at + off, *len, *len, 3, v.start];
             out.room(1)
                 .call_eq(format!("move {name} to {:#x}", v.start), v.start as i64, libc::SYS_mremap, &args);

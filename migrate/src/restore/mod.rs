@@ -10,3 +10,4 @@ pub mod rebuild;
 pub mod shape;
 pub mod sink;
 pub mod task;
+pub mod vdso;

@@ -9,12 +9,12 @@ use super::{
     plan::{self, Step},
     shape,
     sink::Sink,
-    task,
+    task, vdso,
 };
 use crate::{
     arch::{self, inject_stub, pilot},
     dump::pages::OBJECT_SPACE,
-    image::{Backing, FileId, Kind, Process, Tree, Vma},
+    image::{Backing, FileId, Kind, Mm, Process, Tree, Vdso, Vma},
     procfs::{self, maps, stat, status},
     sys::{mem::Mem, misc, ptrace},
     tracer::wait_stop_once,
@@ -67,6 +67,8 @@ pub struct Rebuild {
     /// Address spaces and objects that pages were written to, by name: what else is there is fresh, and zero.
     pub(super) written: HashSet<u32>,
     pub(super) park: mm::Parking,
+    /// Where this kernel's own mappings go in a process that comes with another kernel's vdso.
+    vdso_at: u64,
     released: bool,
     init: Option<i32>,
     /// The fresh mount namespace, for the root to enter.
@@ -132,10 +134,11 @@ impl Rebuild {
         let (mut park, mut used) = mm::parking(0).map_err(PilotError::agent("read own mappings"))?;
         used.extend(tree.mms.iter().flat_map(|m| m.vmas.iter().map(|v| (v.start, v.end))));
         const GAP: u64 = 2 << 20;
-        let total = space.next_multiple_of(GAP) + GAP + park.len;
+        let behind = space.next_multiple_of(GAP) + GAP;
+        let total = behind + 2 * park.len.next_multiple_of(GAP);
         let base = plan::free_range(&used, total)
             .ok_or_else(|| PilotError::agent("find free addresses for the pilots")(io::ErrorKind::OutOfMemory.into()))?;
-        park.at = base + space.next_multiple_of(GAP) + GAP;
+        park.at = base + behind;
         let mut pilots = Pilots::create(base, word, leaders, others).map_err(PilotError::agent("map the pilots' region"))?;
         let mut slots = Vec::with_capacity(count);
         for p in &tree.processes {
@@ -168,6 +171,7 @@ impl Rebuild {
             socket: ours,
             socket_number,
             objects,
+            vdso_at: park.at + park.len.next_multiple_of(GAP),
             park,
             released: false,
             init: None,
@@ -412,13 +416,32 @@ impl Rebuild {
         let mut given = self.give_mapped(i, &needed, Some(&mm.exe))?;
         let slot = self.slots[i][0];
         let (records, _) = self.pilots.capacity(slot);
-        for b in &mm::map(&mm, &self.park, &|v| given.number(v), records - 8).into_vec() {
+        let foreign = vdso::foreign(&mm, &self.tree.vdsos, &self.park, self.vdso_at)
+            .map_err(|e| PilotError::agent("replace the vdso of another kernel")(io::Error::other(e)))?;
+        for b in &mm::map(&mm, &self.park, foreign.as_ref(), &|v| given.number(v), records - 8).into_vec() {
             self.pilots.run(slot, b)?;
+        }
+        if let Some(f) = foreign {
+            f.write(self.pids[i])
+                .map_err(PilotError::agent("write the vdso of another kernel"))?;
         }
         let mut b = mm::layout(&mm, given.exe.take().unwrap_or(u64::MAX));
         mm::resolve_auxv(&mut b, &self.pilots, slot, mm.auxv.len());
         b.call("close mapping descriptors", libc::SYS_close_range, &[0, self.socket_number - 1, 0]);
         self.pilots.run(slot, &b).map(drop)
+    }
+
+    /// Where the kernel's own mappings are in a process that was mapped like this.
+    pub(super) fn special(&self, mm: &Mm, vdsos: &[Vdso]) -> Result<Vec<(String, u64)>, PilotError> {
+        if vdso::is_foreign(mm, vdsos).map_err(PilotError::agent("read own mappings"))? {
+            let all = self.park.special.iter();
+            return Ok(all.map(|(name, off, _)| (name.clone(), self.vdso_at + off)).collect());
+        }
+        let each = mm.vmas.iter().filter_map(|v| match &v.backing {
+            Backing::Special(name) => Some((name.clone(), v.start)),
+            _ => None,
+        });
+        Ok(each.collect())
     }
 
     /// Gives a process the descriptors that these mappings need, and its executable, as 0, 1, 2 ...
