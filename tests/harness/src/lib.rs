@@ -17,7 +17,7 @@ pub mod programs;
 mod tools;
 mod wait;
 
-pub use agent::{mode, without_oracle, Moved, Receiver, Run, Tree};
+pub use agent::{Moved, Receiver, Run, Tree, mode, without_oracle};
 pub use client::{Answer, HttpClient, Redis};
 pub use guest::Guest;
 pub use host::{Command, Ended, Host, Proc, Process, Stdio};
