@@ -42,6 +42,7 @@ pub mod inject;
 pub mod journal;
 pub mod oracle;
 pub mod pages;
+pub mod plan;
 pub mod preflight;
 pub mod procfs;
 pub mod report;
