@@ -34,7 +34,7 @@
 //! - *Freeze as soon as p ≤ T*: with T = 20 ms a program that writes 50 MB/s froze for 15 ms where one round of 15 ms more made it 4.
 //! - *The rate of the last round as B*: the last rounds are small, so that they measure the round trip. 200 KB in 1.5 ms is no link of 133 MB/s.
 //! - *The tenth percentile of the rates*: of eight rounds that is the slowest one, and a single hiccup held the freeze back for eight rounds. The
-//!   mean lets one hiccup in as well. So it is the median, in which a round weighs as many bytes as it sent, up to [`FULL_WEIGHT`].
+//!   mean lets one hiccup in as well. So it is the median, in which a round weighs as many bytes as it sent, up to `FULL_WEIGHT`.
 //! - *Stop at the first round in which p does not fall*: writes come in bursts, and the burst is then what is frozen. Two such rounds in a row.
 //! - *A fixed floor for W*: 32 pages are nothing at 500 MB/s and 130 ms at 1 MB/s. What counts is the part of p that W makes up.
 
