@@ -95,6 +95,25 @@ unmoved! {
     guest_creds: "creds" &[];
 }
 
+/// A random workload is right about itself, operation by operation.
+#[test]
+fn guest_soak() {
+    let hosts = two_hosts!();
+    for options in [&[("seed", "1")][..], &[("seed", "2"), ("threads", "0")]] {
+        let mark = hosts.a.deaths();
+        let guest = Guest::start(&hosts.a, "soak", options);
+        for operations in [25_000, 50_000] {
+            within("operations", Duration::from_secs(120), || {
+                (guest.pulse().operations >= operations).then_some(())
+            });
+            guest.verify("unmoved");
+        }
+        guest.quit();
+        let ended = within("end of the guest", Duration::from_secs(10), || hosts.a.ended_since(mark, guest.pid));
+        assert_eq!(ended, Ended::Code(0), "{}", guest.output());
+    }
+}
+
 #[test]
 fn a_guest_says_what_differs() {
     let hosts = two_hosts!();
