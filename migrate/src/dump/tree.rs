@@ -171,7 +171,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
             // A new mapping shows what mlockall(MCL_FUTURE) does to new mappings.
             a.mlock_future = if t.has(b"lf") { 2 } else { u8::from(t.has(b"lo")) };
         }
-        let vmas = mm::vmas(p.pid, &here, &maps, a.table, &mut objects, &mut cache, &mut blockers)?;
+        let vmas = mm::vmas(p.pid, &here, &maps, a.table, !frozen, &mut objects, &mut cache, &mut blockers)?;
         let pkeys = vmas.iter().fold(0u16, |k, v| k | 1 << v.pkey) & !1;
         let exe = std::fs::read_link(procfs::path(p.pid, "exe"))?;
         let exe_meta = rustix::fs::stat(procfs::path(p.pid, "exe")).map_err(io::Error::from)?;
