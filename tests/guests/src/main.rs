@@ -18,6 +18,7 @@ mod soak;
 mod sockets;
 mod threads;
 mod timers;
+mod trap;
 mod tree;
 mod vmas;
 mod xstate;
@@ -67,6 +68,7 @@ fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
         "sockets" => sockets::sockets(kit),
         "creds" => creds::creds(kit),
         "soak" => soak::soak(kit, options),
+        "trap" => trap::trap(kit, options),
         "hold" => hold::hold(kit, options),
         _ => Err(io::Error::other("no such guest")),
     }

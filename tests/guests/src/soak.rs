@@ -4,9 +4,9 @@
 //! `--seed N` `--mib N` (cap) `--regions N` (cap) `--ops-per-second N` (0: as fast as it goes) `--children 0|1` `--threads 0|1`
 //! `--only map,unmap,...` (see [`OPS`]). The same seed draws the same operations, up to the instants at which threads and children end.
 
-mod lane;
-mod model;
-mod ops;
+pub mod lane;
+pub mod model;
+pub mod ops;
 
 use crate::kit::{Kit, Numbers, Options, now_ns, sys, sys0};
 use lane::Lane;
@@ -135,7 +135,7 @@ fn live(world: &mut World, choice: &Choice, operations: u64, rest_us: u64) -> Ve
             std::thread::sleep(std::time::Duration::from_micros(rest_us));
         }
     }
-    world.model.verify(None);
+    world.model.verify();
     std::mem::take(&mut world.model.problems)
 }
 
@@ -456,7 +456,8 @@ pub fn soak(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         },
         |kit| {
             let soak = &mut *soak.borrow_mut();
-            soak.world.model.verify(known.as_deref());
+            soak.world.model.verify();
+            soak.world.model.verify_mappings(known.as_deref());
             let lanes = soak.threads.iter().map(|t| t.0).chain(soak.shared.iter().map(|s| s.0));
             lanes.flat_map(Lane::check_all).for_each(|w| kit.differs(w));
             soak.world.model.problems.drain(..).for_each(|p| kit.differs(p));

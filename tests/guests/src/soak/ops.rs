@@ -7,8 +7,8 @@ use crate::{
 };
 use std::{io, path::Path, time::Duration};
 
-const FILE_PAGES: usize = 256;
-const FILE_SEED: u64 = 1 << 62;
+pub const FILE_PAGES: usize = 256;
+pub const FILE_SEED: u64 = 1 << 62;
 const HUGE: usize = 512;
 const MREMAP_DONTUNMAP: i32 = 4;
 const MADV_COLLAPSE: i32 = 25;
