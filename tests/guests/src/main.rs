@@ -14,9 +14,11 @@ mod memory;
 mod portrait;
 mod restart;
 mod signals;
+mod soak;
 mod sockets;
 mod threads;
 mod timers;
+mod trap;
 mod tree;
 mod vmas;
 mod xstate;
@@ -37,6 +39,9 @@ fn main() -> ExitCode {
         return hold::trace(rest.first().map_or("", |p| p));
     }
     let options = Options::parse(rest);
+    if name == "soak-child" {
+        return soak::again(&options);
+    }
     match Kit::new(&options).and_then(|kit| guest(name, kit, &options)) {
         Ok(code) => code,
         Err(error) => {
@@ -62,6 +67,8 @@ fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
         "files" => fds::many(kit, options),
         "sockets" => sockets::sockets(kit),
         "creds" => creds::creds(kit),
+        "soak" => soak::soak(kit, options),
+        "trap" => trap::trap(kit, options),
         "hold" => hold::hold(kit, options),
         _ => Err(io::Error::other("no such guest")),
     }
