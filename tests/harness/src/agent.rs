@@ -108,6 +108,7 @@ impl Host {
         self.command(argv)
             .env("MIGRATE_STATE_DIR", &state)
             .env("RUST_BACKTRACE", "1")
+            .env("MIGRATE_FOREIGN_VDSO", if self.takes_vdsos_for_foreign() { "1" } else { "0" })
             .label(&format!("migrate {}", args.join(" ")))
     }
 
