@@ -89,6 +89,10 @@ impl RandomState {
 #[derive(Default)]
 struct Seen {
     stop: AtomicBool,
+    /// The tight thread has its mask.
+    tight: AtomicBool,
+    /// Threads with their state for getrandom.
+    started: AtomicU64,
     rounds: AtomicU64,
     /// The latest reading of each clock, by any thread.
     latest: [AtomicI64; 5],
@@ -123,6 +127,7 @@ fn spin(f: Functions, seen: &Seen) {
         Ok(s) => s,
         Err(e) => return seen.wrong(format!("state of getrandom: {e}")),
     };
+    seen.started.fetch_add(1, Ordering::SeqCst);
     let clock = |id: i32| {
         let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         let r = (f.clock)(id, &mut t);
@@ -170,7 +175,8 @@ fn spin(f: Functions, seen: &Seen) {
 pub fn clocks(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     let f = Functions::find()?;
     let seen = Arc::new(Seen::default());
-    let mut threads: Vec<_> = (0..options.number("threads", 2))
+    let count = options.number("threads", 2);
+    let mut threads: Vec<_> = (0..count)
         .map(|_| {
             let seen = Arc::clone(&seen);
             thread::spawn(move || spin(f, &seen))
@@ -181,6 +187,7 @@ pub fn clocks(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         let mut all = crate::kit::empty_set();
         sys0!(sigfillset(&mut all));
         sys0!(pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut()));
+        tight.tight.store(true, Ordering::SeqCst);
         let mut last = 0;
         while !tight.stop.load(Ordering::Relaxed) {
             let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -192,7 +199,9 @@ pub fn clocks(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         }
     }));
     let begun = Instant::now();
-    while seen.rounds.load(Ordering::Relaxed) < 10 && begun.elapsed() < Duration::from_secs(20) {
+    let spun =
+        || seen.rounds.load(Ordering::Relaxed) >= 10 && seen.started.load(Ordering::SeqCst) == count && seen.tight.load(Ordering::SeqCst);
+    while !spun() && begun.elapsed() < Duration::from_secs(20) {
         thread::sleep(Duration::from_millis(1));
     }
     let auxv = sys0!(getauxval(libc::AT_SYSINFO_EHDR));
