@@ -4,6 +4,7 @@
 //! Asked to verify, it writes "ok" or what differs to `DIR/verdict`. `migrate-guest host NAME` is the first process of a test host,
 //! `migrate-guest trace PID` a debugger that does nothing.
 
+mod clocks;
 mod counter;
 mod creds;
 mod fds;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
 
 fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
     match name {
+        "clocks" => clocks::clocks(kit, options),
         "counter" => counter::counter(kit, options),
         "ballast" => memory::ballast(kit, options),
         "memory" => memory::memory(kit),
