@@ -9,13 +9,17 @@ dir=$(cd "$target/vm" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 
 # In the order they are loaded; what a kernel has built in is no file there.
-modules=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover net_failover virtio_net virtio_console fuse virtiofs)
+modules=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover net_failover virtio_net virtio_console fuse virtiofs
+  unix_diag inet_diag tcp_diag udp_diag)
 kernels=(6.1 6.12)
 
+complete() { # kernel
+  [ "$(cat "$dir/$1/modules" 2>/dev/null)" = "${modules[*]}" ]
+}
 missing=()
 command -v qemu-system-x86_64 >/dev/null || missing+=(qemu)
 for v in "${kernels[@]}"; do
-  [ -e "$dir/$v/vmlinuz" ] || missing+=("kernel $v")
+  complete "$v" || missing+=("kernel $v")
 done
 [ -x "$dir/virtiofsd" ] || missing+=(virtiofsd)
 [ ${#missing[@]} -eq 0 ] && exit 0
@@ -79,7 +83,7 @@ unpack() { # package, or package/suite: unpacked in $work/tree
 }
 
 for v in "${kernels[@]}"; do
-  [ -e "$dir/$v/vmlinuz" ] && continue
+  complete "$v" && continue
   mapfile -t names < <(apt-cache "${options[@]}" pkgnames "linux-image-$v." |
     grep -E '^linux-image-[0-9.-]+(\+deb[0-9]+)?-cloud-amd64-unsigned$' | sort -rV | head -n 3)
   for name in "${names[@]}"; do
@@ -97,11 +101,12 @@ for v in "${kernels[@]}"; do
         ?*) cp "$file" "$kernel/$n-$module.ko" ;;
       esac
     done
+    echo "${modules[*]}" >"$kernel/modules"
     # In one step, whole or not at all.
     mv "$kernel" "$dir/$v"
     break
   done
-  [ -e "$dir/$v/vmlinuz" ] || without "kernel $v could not be had"
+  complete "$v" || without "kernel $v could not be had"
 done
 
 if [ ! -x "$dir/virtiofsd" ]; then

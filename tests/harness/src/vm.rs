@@ -52,6 +52,8 @@ ip link set eth0 up
 mkdir -p "$share"
 mount -t virtiofs share "$share" || echo "no shared directory"
 echo $pids > /proc/sys/kernel/ns_last_pid
+# As systemd sets it.
+ulimit -H -n 524288
 cd /
 exec /usr/bin/migrate-guest vm /dev/vport*p1
 "#;
