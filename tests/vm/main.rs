@@ -87,9 +87,8 @@ fn clock(vms: &Vms, mode: &str) {
 /// The machines' clocks differ by seconds: the copy must have some of its own.
 #[track_caller]
 fn expect_own_clocks(vm: &Vm, pid: i32) {
-    let namespaces = vm.run(&format!(
-        "readlink /proc/1/ns/time /proc/{pid}/ns/time; cat /proc/{pid}/timens_offsets"
-    ));
+    let look = format!("readlink /proc/1/ns/time && readlink /proc/{pid}/ns/time && cat /proc/{pid}/timens_offsets");
+    let namespaces = vm.run(&look);
     namespaces.expect_code(0);
     let lines: Vec<&str> = namespaces.stdout.lines().collect();
     assert_ne!(lines[0], lines[1], "the copy has the clocks of machine {}", vm.name());

@@ -14,6 +14,7 @@ use std::{
 const MTIME: u32 = 1_700_000_000;
 
 /// An archive under way.
+#[derive(Clone)]
 pub struct Initramfs {
     bytes: Vec<u8>,
     dirs: BTreeSet<PathBuf>,
