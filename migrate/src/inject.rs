@@ -349,35 +349,16 @@ fn wait_for(tid: i32, signal: i32) -> Result<(), WaitError> {
 
 /// Where in the vdso the stub fits: the zeros behind its last byte of content.
 pub fn stub_base(mem: &Mem, start: u64, end: u64) -> io::Result<Option<u64>> {
-    let own = own_vdso_used()?;
+    let own = crate::dump::vdso::own()?;
     let mut page = vec![0u8; (end - start) as usize];
     mem.read(start, &mut page)?;
     // A stub left from before stands in the tail: trust the length of our own vdso where the code before it is the same.
-    let used = match own {
-        Some((bytes, used)) if bytes.len() == page.len() && bytes[..used] == page[..used] => used,
+    let used = match own.used {
+        used if own.vdso.code.len() == page.len() && own.vdso.code[..used] == page[..used] => used,
         _ => page.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1),
     };
     let at = (used + 63) & !63;
     Ok((at + inject_stub::MAX <= page.len()).then_some(start + at as u64))
-}
-
-fn own_vdso_used() -> io::Result<Option<(Vec<u8>, usize)>> {
-    use std::sync::OnceLock;
-    static OWN: OnceLock<Option<(Vec<u8>, usize)>> = OnceLock::new();
-    if OWN.get().is_none() {
-        let pid = std::process::id() as i32;
-        let own = match maps::maps(pid)?.iter().find(|m| m.name == b"[vdso]") {
-            Some(m) => {
-                let mut b = vec![0u8; (m.end - m.start) as usize];
-                Mem::open(pid)?.read(m.start, &mut b)?;
-                let used = b.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1);
-                Some((b, used))
-            }
-            None => None,
-        };
-        let _ = OWN.set(own);
-    }
-    Ok(OWN.get().cloned().flatten())
 }
 
 /// Interrupts a task until it stops at a point where `done` holds, looking at its instruction pointer.

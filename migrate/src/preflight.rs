@@ -5,7 +5,7 @@ use crate::{
     dump,
     image::{Backing, Host, Process, Tree},
     procfs::status,
-    restore::{fds, plan, rebuild, task},
+    restore::{fds, plan, rebuild, task, vdso},
 };
 use std::collections::BTreeSet;
 
@@ -124,12 +124,6 @@ pub fn host(theirs: &Host, ours: &Host) -> Vec<Blocker> {
             "choose a host with the same or a newer cpu",
         );
     }
-    if theirs.vdso_hash != ours.vdso_hash || theirs.vdso_layout != ours.vdso_layout {
-        block(
-            format!("the kernel's vdso differs (kernel {} here, {} there)", ours.kernel, theirs.kernel),
-            "use the same kernel on both hosts; another kernel's vdso is not supported yet",
-        );
-    }
     out
 }
 
@@ -146,6 +140,7 @@ pub fn tree(tree: &Tree) -> (Vec<Blocker>, bool) {
     if let Err(reason) = plan::sessions(&tree.processes) {
         out.push(Blocker::new("the tree", reason, "wait until the processes concerned have ended"));
     }
+    out.extend(vdso::preflight(tree));
     files(tree, &mut out);
     fds::preflight(tree.into(), &mut out);
     rights(tree, &mut out);

@@ -14,6 +14,7 @@ use crate::{
     image::Regs,
     procfs::{self, stat, status},
     sys::{misc, ptrace},
+    vacate,
 };
 use std::{
     collections::BTreeMap,
@@ -135,6 +136,7 @@ impl Frozen {
             held: false,
             _thread: PhantomData,
         };
+        let mut patience = None;
         loop {
             let mut fresh: Vec<(usize, i32)> = Vec::new();
             for (pid, parent, parent_tid) in discover(root).map_err(|_| FreezeError::Gone(root))? {
@@ -181,7 +183,11 @@ impl Frozen {
                 }
             }
             if fresh.is_empty() {
-                break;
+                // Nobody may be in the middle of the vdso. Those who were have run since, and may have made others.
+                match vacate::pass(&mut f.procs, patience.get_or_insert_with(vacate::Patience::new))? {
+                    None => break,
+                    Some(late) => fresh = late,
+                }
             }
             if !f.collect_stops(fresh, deadline)? {
                 return Ok(None);
@@ -423,7 +429,7 @@ pub fn wait_stop_once(tid: i32) -> io::Result<Option<Option<bool>>> {
 static CALLS: Mutex<BTreeMap<(i32, u64, u64), u64>> = Mutex::new(BTreeMap::new());
 const RESTART_SYSCALL: u64 = 219;
 
-fn note_call(tid: i32, r: &Regs) {
+pub(crate) fn note_call(tid: i32, r: &Regs) {
     if r.rax as i64 == -516
         && r.orig_rax != RESTART_SYSCALL
         && let Ok(mut calls) = CALLS.lock()

@@ -8,3 +8,4 @@ pub mod objects;
 pub mod pages;
 pub mod task;
 pub mod tree;
+pub mod vdso;

@@ -15,7 +15,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
     sync::Mutex,
@@ -75,23 +75,31 @@ pub fn plan_mm(pid: i32, space: u32, mm: &Mm) -> io::Result<(SpacePlan, Guards)>
     Ok((plan, guards))
 }
 
-/// The parts of an object that hold data (lseek(2), SEEK_DATA).
+/// The parts of an object that hold data.
 pub fn plan_object(space: u32, fd: &OwnedFd, size: u64) -> io::Result<SpacePlan> {
+    Ok(SpacePlan {
+        space,
+        ranges: data(fd.as_fd(), size)?,
+    })
+}
+
+/// The page ranges of a file of `size` bytes that hold data (lseek(2), SEEK_DATA).
+pub fn data(fd: BorrowedFd<'_>, size: u64) -> io::Result<Vec<(u64, u64)>> {
     use nix::unistd::{Whence, lseek};
-    let mut plan = SpacePlan { space, ranges: Vec::new() };
+    let mut ranges = Vec::new();
     let mut at = 0i64;
     while (at as u64) < size {
-        let data = match lseek(fd.as_fd(), at, Whence::SeekData) {
+        let data = match lseek(fd, at, Whence::SeekData) {
             Ok(d) => d,
             Err(nix::Error::ENXIO) => break,
             Err(e) => return Err(e.into()),
         };
-        let hole = lseek(fd.as_fd(), data, Whence::SeekHole)?;
+        let hole = lseek(fd, data, Whence::SeekHole)?;
         let start = data as u64 & !(PAGE - 1);
-        plan.ranges.push((start, (hole as u64).next_multiple_of(PAGE)));
+        ranges.push((start, (hole as u64).next_multiple_of(PAGE)));
         at = hole;
     }
-    Ok(plan)
+    Ok(ranges)
 }
 
 /// Everything of a frozen tree.
@@ -153,12 +161,43 @@ pub struct Batch {
 
 /// Reads a plan piece by piece, zero pages turned into runs, and hands each frame's worth to `sink`; stops when it says so.
 pub fn read_plan(plan: &SpacePlan, reader: &Reader, sink: &mut dyn FnMut(Batch) -> bool) -> io::Result<()> {
+    read_with(plan, reader, &mut |_, e| Err(e), sink)
+}
+
+/// The same of a running process, where memory may be unmapped under the read: such pages are left out, and listed in `missed`.
+pub fn read_running(
+    plan: &SpacePlan,
+    reader: &Reader,
+    missed: &mut Vec<(u32, u64, u64)>,
+    sink: &mut dyn FnMut(Batch) -> bool,
+) -> io::Result<()> {
+    let space = plan.space;
+    let mut miss = |at, _| {
+        missed.push((space, at, at + PAGE));
+        Ok(())
+    };
+    read_with(plan, reader, &mut miss, sink)
+}
+
+fn read_with(
+    plan: &SpacePlan,
+    reader: &Reader,
+    miss: &mut dyn FnMut(u64, io::Error) -> io::Result<()>,
+    sink: &mut dyn FnMut(Batch) -> bool,
+) -> io::Result<()> {
     let mut batch = Builder::new(plan.space);
     for &(start, end) in &plan.ranges {
         let mut at = start;
         while at < end {
             let n = (end - at).min((FRAME_PAGES - batch.held) * PAGE);
-            batch.add(reader, at, n)?;
+            if batch.add(reader, at, n).is_err() {
+                // Page by page, to find the one that cannot be read.
+                for page in (at..at + n).step_by(PAGE as usize) {
+                    if let Err(e) = batch.add(reader, page, PAGE) {
+                        miss(page, e)?;
+                    }
+                }
+            }
             at += n;
             if batch.held >= FRAME_PAGES || batch.runs.len() >= 1024 {
                 let b = std::mem::replace(&mut batch, Builder::new(plan.space)).finish()?;

@@ -1,6 +1,6 @@
 //! A whole tree: the inventory of a running one for preflight, and the full state of a frozen one.
 
-use super::{fds, files, mm, objects::ObjectTable, task};
+use super::{fds, files, mm, objects::ObjectTable, task, vdso};
 use crate::{
     blocker::Blocker,
     image::{Clocks, Host, Mm, Process, Thread, Tree},
@@ -8,6 +8,7 @@ use crate::{
     procfs::{self, maps, stat, status},
     sys::misc::{self, Shared},
     tracer::{Frozen, Proc, Task, discover},
+    vacate,
 };
 use std::{
     collections::HashMap,
@@ -39,6 +40,10 @@ pub struct Dumped {
     pub pids: Vec<i32>,
     /// A descriptor for reading each of `tree.objects`.
     pub object_fds: Vec<OwnedFd>,
+    /// (device, inode) of each of them.
+    pub object_keys: Vec<(u64, u64)>,
+    /// Start time of each process, in clock ticks: with the pid it names a process for good.
+    pub started: Vec<u64>,
     /// Everything that cannot move.
     pub blockers: Vec<Blocker>,
 }
@@ -50,7 +55,16 @@ pub fn place(pid: i32) -> String {
 }
 
 /// Looks at a running tree without stopping anything.
-pub fn inventory(root: i32, host: Host) -> Result<Dumped, DumpError> {
+pub fn inventory(root: i32, host: Host, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
+    look(root, host, cache, fds::Mode::Inventory)
+}
+
+/// The same without descriptors: processes, threads, mappings and the objects behind them, for the skeleton.
+pub fn outline(root: i32, host: Host, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
+    look(root, host, cache, fds::Mode::Outline)
+}
+
+fn look(root: i32, host: Host, cache: &mut mm::Cache, mode: fds::Mode) -> Result<Dumped, DumpError> {
     let mut procs = Vec::new();
     for (pid, parent, parent_tid) in discover(root)? {
         let Ok(stat) = stat::read(pid) else { continue };
@@ -77,15 +91,16 @@ pub fn inventory(root: i32, host: Host) -> Result<Dumped, DumpError> {
         });
     }
     let mut asked: Vec<_> = procs.iter().map(|_| task::Asked::default()).collect();
-    collect(&procs, &mut asked, host, fds::Mode::Inventory)
+    collect(&procs, &mut asked, host, mode, cache)
 }
 
 /// Reads everything of a frozen tree but the pages.
 ///
 /// Signals that arrive in between are delivered and the question asked again. The injectors are returned so that a thaw leaves no trace.
-pub fn frozen(f: &mut Frozen, host: Host) -> Result<(Dumped, Vec<Option<Injector>>), DumpError> {
+pub fn frozen(f: &mut Frozen, host: Host, cache: &mut mm::Cache) -> Result<(Dumped, Vec<Option<Injector>>), DumpError> {
     let mut asked = Vec::new();
     let mut injectors = Vec::new();
+    let inside: Vec<Blocker> = f.procs.iter().filter_map(in_the_vdso).collect();
     for i in 0..f.procs.len() {
         if f.procs[i].is_zombie() {
             asked.push(task::Asked::default());
@@ -121,7 +136,8 @@ pub fn frozen(f: &mut Frozen, host: Host) -> Result<(Dumped, Vec<Option<Injector
             }
         }
     }
-    let mut d = collect(&f.procs, &mut asked, host, fds::Mode::Frozen)?;
+    let mut d = collect(&f.procs, &mut asked, host, fds::Mode::Frozen, cache)?;
+    d.blockers.extend(inside);
     for (p, place) in f.procs.iter().map(|p| (p, place(p.pid))) {
         if !p.is_zombie() && p.tasks[0].tid != p.pid {
             d.blockers.push(Blocker::new(
@@ -143,22 +159,25 @@ pub fn frozen(f: &mut Frozen, host: Host) -> Result<(Dumped, Vec<Option<Injector
     Ok((d, injectors))
 }
 
-fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mode) -> Result<Dumped, DumpError> {
+/// A thread that the freeze found in the middle of the vdso: it could not go on there on another kernel.
+fn in_the_vdso(p: &Proc) -> Option<Blocker> {
+    let tid = vacate::left_inside(p)?;
+    let what = format!("{} thread {tid}", place(p.pid));
+    Some(Blocker::new(what, "it is in the middle of a function of the kernel's vdso", "try again").transient())
+}
+
+fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mode, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
     let mut blockers = Vec::new();
     let mut objects = ObjectTable::default();
-    let mut cache = mm::FileCache::default();
     let all_cpus = online_cpus();
     let frozen = matches!(mode, fds::Mode::Frozen);
     let mut processes = Vec::new();
     let mut mms = Vec::new();
+    let mut vdsos = Vec::new();
     let mut sources = Vec::new();
     for (i, p) in procs.iter().enumerate() {
-        let st = match status::read(p.pid) {
-            Ok(s) => s,
-            // Gone since the search of an inventory; the freeze will see it right.
-            Err(_) if !frozen && i > 0 => continue,
-            Err(e) => return Err(e.into()),
-        };
+        // Gone since the search of a running tree: the caller looks again.
+        let st = status::read(p.pid)?;
         if p.is_zombie() {
             processes.push(zombie(p, &st, procs));
             continue;
@@ -166,12 +185,14 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         let here = place(p.pid);
         process_blockers(p, &st, &here, procs, asked, i, &mut blockers);
         let a = &mut asked[i];
-        let maps = maps::smaps(p.pid)?;
+        let maps = cache.mappings(p.pid, st.vm_lck_kb > 0, frozen)?;
         if let Some(t) = maps.iter().find(|m| (m.start, m.end) == a.table && a.table.1 != 0) {
             // A new mapping shows what mlockall(MCL_FUTURE) does to new mappings.
             a.mlock_future = if t.has(b"lf") { 2 } else { u8::from(t.has(b"lo")) };
         }
-        let vmas = mm::vmas(p.pid, &here, &maps, a.table, &mut objects, &mut cache, &mut blockers)?;
+        let auxv = procfs::read(p.pid, "auxv")?;
+        let (maps, vdso) = vdso::original(p.pid, &auxv, maps, &mut vdsos)?;
+        let vmas = mm::vmas(p.pid, &here, &maps, a.table, &mut objects, cache, &mut blockers)?;
         let pkeys = vmas.iter().fold(0u16, |k, v| k | 1 << v.pkey) & !1;
         let exe = std::fs::read_link(procfs::path(p.pid, "exe"))?;
         let exe_meta = rustix::fs::stat(procfs::path(p.pid, "exe")).map_err(io::Error::from)?;
@@ -187,8 +208,9 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         mms.push(Mm {
             vmas,
             layout: task::layout(p, a.brk),
-            auxv: procfs::read(p.pid, "auxv")?,
+            auxv,
             exe,
+            vdso,
             dumpable: a.dumpable,
             thp_disable: a.thp_disable,
             membarrier: a.membarrier,
@@ -258,7 +280,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         processes[*at].fds = fds;
     }
     let clocks = asked.first().map_or((0, 0), |a| a.clocks);
-    let (objects, object_fds) = objects.into_parts();
+    let (objects, object_fds, object_keys) = objects.into_parts();
     let tree = Tree {
         host,
         clocks: Clocks {
@@ -268,6 +290,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         },
         processes,
         mms,
+        vdsos,
         objects,
         descriptions: tables.descriptions,
         pipes: tables.pipes,
@@ -283,6 +306,8 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         tree,
         pids: procs.iter().map(|p| p.pid).collect(),
         object_fds,
+        object_keys,
+        started: procs.iter().map(|p| p.stat.start_time).collect(),
         blockers,
     })
 }

@@ -14,6 +14,8 @@ pub struct Mm {
     pub auxv: Vec<u8>,
     /// What /proc/PID/exe leads to.
     pub exe: FileId,
+    /// Index into [`super::Tree::vdsos`]: what its [`Backing::Special`] mappings hold.
+    pub vdso: u32,
     /// PR_GET_DUMPABLE.
     pub dumpable: u8,
     /// PR_GET_THP_DISABLE.
@@ -78,6 +80,35 @@ impl Vma {
     /// Never true for a valid mapping.
     pub fn is_empty(&self) -> bool {
         self.end <= self.start
+    }
+}
+
+/// The vdso of a kernel: code that programs call, and the sizes of the mappings it comes in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vdso {
+    /// An ELF image, whole pages.
+    #[serde(with = "serde_bytes")]
+    pub code: Vec<u8>,
+    /// Bytes of the `[vvar]`, `[vvar_vclock]` (0 where there is none) and `[vdso]` mappings, which follow each other in this order.
+    pub layout: [u64; 3],
+}
+
+impl Vdso {
+    /// Longer ones are none.
+    const MAX: u64 = 1 << 20;
+    /// Names of the mappings, in the order of `layout`.
+    pub const NAMES: [&str; 3] = ["[vvar]", "[vvar_vclock]", "[vdso]"];
+
+    /// Whether the sizes make sense.
+    pub fn is_valid(&self) -> bool {
+        let fits = |n: u64| n.is_multiple_of(super::PAGE) && n <= Self::MAX;
+        !self.code.is_empty() && self.layout.iter().all(|&n| fits(n)) && self.layout[2] == self.code.len() as u64
+    }
+
+    /// First bytes of the three mappings when the code is at `at`.
+    pub fn starts(&self, at: u64) -> [u64; 3] {
+        let clock = at.wrapping_sub(self.layout[1]);
+        [clock.wrapping_sub(self.layout[0]), clock, at]
     }
 }
 

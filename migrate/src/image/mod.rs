@@ -30,6 +30,8 @@ pub struct Tree {
     pub processes: Vec<Process>,
     /// Address spaces, indexed by [`Process::mm`].
     pub mms: Vec<Mm>,
+    /// The vdsos that the address spaces have: the host's own, and those that processes brought from other kernels; by [`Mm::vdso`].
+    pub vdsos: Vec<Vdso>,
     /// Memory objects that several mappings or descriptors share (memfd, shared anonymous, unlinked files).
     pub objects: Vec<Object>,
     /// Open file descriptions, indexed by [`Fd::description`].
@@ -50,6 +52,7 @@ impl Tree {
             },
             processes: Vec::new(),
             mms: Vec::new(),
+            vdsos: Vec::new(),
             objects: Vec::new(),
             descriptions: Vec::new(),
             pipes: Vec::new(),
@@ -77,6 +80,9 @@ impl Tree {
             if p.fds.iter().any(|f| f.fd < 0 || f.description >= descriptions) || !p.fds.is_sorted_by(|a, b| a.fd < b.fd) {
                 return bad("descriptors that are not there");
             }
+        }
+        if self.mms.iter().any(|m| m.vdso as usize >= self.vdsos.len()) || !self.vdsos.iter().all(Vdso::is_valid) {
+            return Err("an address space refers to a vdso that is not there, or is none".into());
         }
         let objects = self.objects.len() as u32;
         let mapped = self.mms.iter().flat_map(|m| &m.vmas);

@@ -176,3 +176,14 @@ pub fn prctl(option: i32, arg: u64) -> i32 {
     // SAFETY: used with options that take plain numbers.
     unsafe { libc::prctl(option, arg, 0, 0, 0) }
 }
+
+/// Whether this kernel knows MAP_DROPPABLE (Linux 6.11).
+pub fn droppable_works() -> bool {
+    const MAP_DROPPABLE: i32 = 0x08;
+    let flags = MAP_DROPPABLE | libc::MAP_ANONYMOUS;
+    // SAFETY: a fresh mapping that nobody uses, given back at once.
+    unsafe {
+        let p = libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, flags, -1, 0);
+        p != libc::MAP_FAILED && libc::munmap(p, 4096) == 0
+    }
+}
