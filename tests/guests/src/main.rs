@@ -2,8 +2,9 @@
 //!
 //! `migrate-guest NAME --dir DIR [--option value]...` sets up, prints "ready", then beats into `DIR/control` and takes requests from there.
 //! Asked to verify, it writes "ok" or what differs to `DIR/verdict`. `migrate-guest host NAME` is the first process of a test host,
-//! `migrate-guest trace PID` a debugger that does nothing.
+//! `migrate-guest vm PORT` that of a virtual machine, `migrate-guest trace PID` a debugger that does nothing.
 
+mod clock;
 mod clocks;
 mod counter;
 mod creds;
@@ -21,6 +22,7 @@ mod threads;
 mod timers;
 mod trap;
 mod tree;
+mod vm;
 mod vmas;
 mod xstate;
 
@@ -35,6 +37,9 @@ fn main() -> ExitCode {
     };
     if name == "host" {
         return host::main(rest.first().map_or("host", |n| n));
+    }
+    if name == "vm" {
+        return vm::main(rest.first().map_or("", |p| p));
     }
     if name == "trace" {
         return hold::trace(rest.first().map_or("", |p| p));
@@ -55,6 +60,7 @@ fn main() -> ExitCode {
 fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
     match name {
         "clocks" => clocks::clocks(kit, options),
+        "clock" => clock::clock(kit, options),
         "counter" => counter::counter(kit, options),
         "ballast" => memory::ballast(kit, options),
         "memory" => memory::memory(kit),
