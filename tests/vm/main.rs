@@ -109,7 +109,6 @@ fn between_two_of_the_old_kernel() {
 }
 
 #[test]
-#[ignore = "needs another kernel's vdso"]
 fn between_kernels() {
     let vms = two_machines!(OLD, NEW);
     counter(&vms, "stop");
@@ -117,7 +116,6 @@ fn between_kernels() {
 }
 
 #[test]
-#[ignore = "needs another kernel's vdso and --mode pre-copy"]
 fn between_kernels_pre_copied() {
     let vms = two_machines!(OLD, NEW);
     counter(&vms, "pre-copy");
@@ -125,7 +123,6 @@ fn between_kernels_pre_copied() {
 }
 
 #[test]
-#[ignore = "needs --mode pre-copy"]
 fn between_two_of_the_old_kernel_pre_copied() {
     let vms = two_machines!(OLD, OLD);
     counter(&vms, "pre-copy");
