@@ -2,7 +2,10 @@
 
 use crate::{help, parse};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use migrate_engine::report::{Mode, Stdio};
+use migrate_engine::{
+    report::{Mode, Stdio},
+    track::Kind,
+};
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 /// Move a running process tree to another host while it keeps running.
@@ -120,9 +123,12 @@ pub struct Send {
     /// First contact: the one-time ticket of `migrate receive`; the variable keeps it out of ps
     #[arg(long, env = "MIGRATE_TICKET", hide_env_values = true, value_parser = parse::ticket)]
     pub ticket: Option<String>,
-    /// How memory is moved; only stop is built so far, and is what is done without this option
+    /// How memory is moved; without this option pre-copy, until hybrid is built
     #[arg(long, value_enum)]
     pub mode: Option<ModeArg>,
+    /// How memory that was written between rounds is found
+    #[arg(long, value_enum, default_value = "auto")]
+    pub tracker: TrackerArg,
     /// Longest freeze to aim for
     #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = parse::duration)]
     pub downtime_limit: Duration,
@@ -155,6 +161,26 @@ pub enum ModeArg {
     PostCopy,
     /// Freeze, copy everything, resume there
     Stop,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TrackerArg {
+    /// wp-async where the kernel has it, else soft-dirty
+    Auto,
+    /// Soft-dirty bits (CONFIG_MEM_SOFT_DIRTY); stops the tree for a moment at every round
+    SoftDirty,
+    /// userfaultfd with asynchronous write protection (Linux 6.7)
+    WpAsync,
+}
+
+impl From<TrackerArg> for Kind {
+    fn from(tracker: TrackerArg) -> Kind {
+        match tracker {
+            TrackerArg::Auto => Kind::Auto,
+            TrackerArg::SoftDirty => Kind::SoftDirty,
+            TrackerArg::WpAsync => Kind::WpAsync,
+        }
+    }
 }
 
 impl From<ModeArg> for Mode {

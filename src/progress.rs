@@ -111,6 +111,8 @@ struct Printer {
     waiting: Arc<AtomicUsize>,
     bar: Option<ProgressBar>,
     phase: &'static str,
+    /// What the planner said last.
+    outlook: String,
     /// The program that arrives here will share the terminal.
     shares: bool,
     /// It does now: nothing is drawn over its output.
@@ -124,6 +126,7 @@ impl Printer {
             waiting,
             bar: None,
             phase: "",
+            outlook: String::new(),
             shares,
             shared: false,
         }
@@ -169,6 +172,7 @@ impl Printer {
         match event {
             Event::Phase { phase } => {
                 self.phase = phase;
+                self.outlook.clear();
                 // A new migration: the program of the last one, if it shares the terminal, has to live with this.
                 self.shared &= !matches!(*phase, "connect" | "inventory" | "preflight");
                 let phase = self.phase;
@@ -179,7 +183,7 @@ impl Printer {
                 });
             }
             Event::Progress { round, bytes, total, rate } => {
-                let message = measures(*round, *bytes, *total, *rate);
+                let message = measures(*round, *bytes, *total, *rate) + &self.outlook;
                 let (bytes, total) = (*bytes, *total);
                 self.with_bar(|bar| {
                     bar.set_style(style(WITH_SIZE));
@@ -190,6 +194,17 @@ impl Printer {
             }
             Event::Round(round) => {
                 let text = format!("round done: {} in {}", human::bytes(round.bytes), human::millis(round.ms));
+                self.with_bar(|bar| bar.set_message(text));
+            }
+            Event::Plan {
+                round,
+                dirty_rate,
+                rate,
+                predicted_downtime_ms,
+                ..
+            } => {
+                self.outlook = outlook(*dirty_rate, *predicted_downtime_ms);
+                let text = format!("round {round}, {}{}", human::rate(*rate), self.outlook);
                 self.with_bar(|bar| bar.set_message(text));
             }
             Event::Running { .. } => {
@@ -233,6 +248,11 @@ fn measures(round: u32, bytes: u64, total: u64, rate: u64) -> String {
     format!("{round}{}, {} of {}", human::rate(rate), human::bytes(bytes), human::bytes(total))
 }
 
+/// ", 50.1 MB/s dirtied, freeze now 4.20 ms".
+fn outlook(dirty_rate: u64, predicted_ms: f64) -> String {
+    format!(", {} dirtied, freeze now {}", human::rate(dirty_rate), human::millis(predicted_ms))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -244,6 +264,7 @@ mod tests {
             "round 2, 312 MB/s, 1.20 GB of 4.00 GB"
         );
         assert_eq!(measures(0, 0, 0, 0), "0 B/s, 0 B of 0 B");
+        assert_eq!(outlook(50_100_000, 4.2), ", 50.1 MB/s dirtied, freeze now 4.20 ms");
     }
 
     #[test]

@@ -14,7 +14,8 @@ pub async fn run(arguments: Send, context: &Context) -> anyhow::Result<u8> {
     let options = SendOptions {
         pid: arguments.pid,
         // The contract's default is hybrid; until it is built, what works is better than a refusal.
-        mode: arguments.mode.map_or(Mode::Stop, Into::into),
+        mode: arguments.mode.map_or(Mode::PreCopy, Into::into),
+        tracker: arguments.tracker.into(),
         downtime_limit: arguments.downtime_limit,
         max_rounds: arguments.max_rounds,
         max_time: arguments.max_time,

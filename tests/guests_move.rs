@@ -1,4 +1,4 @@
-//! Every guest is moved from A to B, verifies itself there, is moved back and verifies itself again.
+//! Every guest is moved from A to B in rounds, verifies itself there, is moved back by stopping and verifies itself again.
 
 use migrate_harness::{Ended, Guest, Stdio, two_hosts, within};
 use std::time::Duration;
@@ -8,7 +8,7 @@ fn there_and_back(name: &str, options: &[(&str, &str)]) {
     // What a guest may want to find on either host.
     hosts.b.command(["mkfifo", "-m", "600", "/run/fifo"]).start().wait();
     let guest = Guest::start(&hosts.a, name, options);
-    let there = hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
+    let there = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "pre-copy"]);
     assert!(guest.beats(), "guest {name} does not beat on B");
     assert_eq!(
         hosts.b.process(there.pid).map(|p| p.inner),
@@ -16,7 +16,7 @@ fn there_and_back(name: &str, options: &[(&str, &str)]) {
         "the pid that the guest itself sees"
     );
     guest.verify("on B");
-    let back = hosts.move_tree(&hosts.b, there.pid, &Stdio::Null);
+    let back = hosts.move_with(&hosts.b, there.pid, &Stdio::Null, &["--mode", "stop"]);
     assert!(guest.beats(), "guest {name} does not beat on A");
     guest.verify("back on A");
     let mark = hosts.a.deaths();

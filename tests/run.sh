@@ -44,7 +44,7 @@ for test in tests/*.rs tests/*/main.rs; do
     *) name=$(basename "$test" .rs) ;;
   esac
   case $name in
-    selftest | scale | guests | harness) ;;
+    selftest | scale | vm | guests | harness) ;;
     *) rest+=(--test "$name") ;;
   esac
 done
@@ -53,6 +53,8 @@ for dir in migrate/tests transport/tests; do
 done
 run "hosts and guests" 600 --test selftest
 run "two hosts" 3000 "${rest[@]}"
+# One at a time: each has two machines, and there are two cores.
+RUST_TEST_THREADS=1 run "virtual machines" 900 --test vm
 # One at a time: these print figures.
 RUST_TEST_THREADS=1 run "large trees" 900 --test scale
 

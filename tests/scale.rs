@@ -3,6 +3,7 @@
 use migrate_harness::{Guest, Stdio, two_hosts};
 
 fn large(what: &str, name: &str, options: &[(&str, &str)], units: f64) {
+    migrate_harness::without_oracle();
     let hosts = two_hosts!();
     let guest = Guest::start_with(&hosts.a, name, options, |c| c.open_files(20_000));
     guest.reset_gap();

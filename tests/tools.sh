@@ -2,6 +2,7 @@
 # Installs what building and testing need and this machine lacks; says so. Without root it only says what is missing:
 # the tests concerned are then skipped by name.
 set -euo pipefail
+"$(dirname "$0")/vm/tools.sh" || echo "tests/vm/tools.sh failed: tests between virtual machines may be skipped" >&2
 
 # program:package
 wanted=(

@@ -17,7 +17,7 @@ use crate::{
         fds::StdioFds,
         rebuild::{Pids, Rebuild},
     },
-    source::{self, Snapshot},
+    source::{self, freeze::Snapshot},
     sys::misc,
     tracer::Tracer,
     wire::State,
@@ -158,14 +158,14 @@ pub fn checkpoint(options: &CheckpointOptions, events: &Events, cancel: &Cancell
         .map_err(|e| fail("freeze", pid, e))?;
     let tracer = Tracer::start().map_err(|e| fail("freeze", pid, e))?;
     events(Event::Phase { phase: "freeze" });
-    let snap = runtime.block_on(source::freeze(&tracer, pid, &inv.tree.host, cancel))?;
+    let snap = runtime.block_on(source::freeze::freeze(&tracer, pid, &inv.tree.host, cancel))?;
     events(Event::Phase { phase: "write" });
     let temporary = options.dir.join(format!(".{name}.{}.tmp", std::process::id()));
     let written = write(&temporary, &name, &snap, options.parent.clone(), parent, events, cancel);
     let round = match written {
         Ok(r) => r,
         Err(e) => {
-            runtime.block_on(source::thaw(&tracer));
+            runtime.block_on(source::freeze::thaw(&tracer));
             let _ = fs::remove_file(&temporary);
             return Err(fail(
                 "write",
@@ -176,7 +176,7 @@ pub fn checkpoint(options: &CheckpointOptions, events: &Events, cancel: &Cancell
     };
     // A link does not replace another checkpoint that appeared meanwhile under the same name.
     if let Err(e) = fs::hard_link(&temporary, &target).and_then(|()| fs::remove_file(&temporary)) {
-        runtime.block_on(source::thaw(&tracer));
+        runtime.block_on(source::freeze::thaw(&tracer));
         let _ = fs::remove_file(&temporary);
         return Err(fail(
             "write",
@@ -187,9 +187,9 @@ pub fn checkpoint(options: &CheckpointOptions, events: &Events, cancel: &Cancell
     let _ = File::open(&options.dir).and_then(|d| d.sync_all());
     let downtime = snap.since.elapsed();
     if options.leave_running {
-        runtime.block_on(source::thaw(&tracer));
+        runtime.block_on(source::freeze::thaw(&tracer));
     } else {
-        runtime.block_on(source::kill(&tracer));
+        runtime.block_on(source::freeze::kill(&tracer));
     }
     Ok(Report {
         outcome: "checkpointed".into(),
@@ -271,6 +271,8 @@ fn write(
     out.write_all(&header)?;
     let state = State {
         tree: snap.tree.clone(),
+        names: snap.names.clone(),
+        drops: Vec::new(),
         guards: snap.guards.clone(),
         bytes: total,
         verify: false,
@@ -282,7 +284,7 @@ fn write(
     let mut failed = None;
     let mut last = Instant::now();
     for plan in &snap.plans {
-        let reader = source::open_reader(plan.space, snap)?;
+        let reader = source::freeze::open_reader(plan.space, snap)?;
         pages::read_plan(plan, &reader, &mut |batch| {
             round.pages += batch.pages;
             round.zero_pages += batch.zero;
@@ -597,7 +599,13 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
     events(Event::Phase { phase: "verify" });
     let mut image = Image::open(&options.dir, &name)?;
     image.verify()?;
-    let State { tree, guards, bytes, .. } = image.state()?;
+    let State {
+        tree,
+        names,
+        guards,
+        bytes,
+        ..
+    } = image.state()?;
     drop(image);
     events(Event::Phase { phase: "preflight" });
     let (blockers, fresh) = crate::preflight::tree(&tree);
@@ -624,7 +632,7 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
     let pids = if fresh { Pids::Fresh } else { Pids::Here };
     let skeleton = tracer
         .call_blocking(move || {
-            let copy = Rebuild::skeleton(tree, &word, pids, false).map_err(|e| e.to_string())?;
+            let mut copy = Rebuild::skeleton(tree, names, &word, pids, false).map_err(|e| e.to_string())?;
             let sink = copy.sink().map_err(|e| e.to_string())?;
             Ok::<_, String>((copy, sink))
         })

@@ -5,13 +5,19 @@
 
 use crate::{
     dump,
+    image::Tree,
     journal::{self, Entry, Journal, Side, Stage},
     oracle, preflight,
     report::{Downtime, Event, Events, Failure, Report, Round, Stdio},
-    restore::{fds::StdioFds, rebuild::Pids, rebuild::Rebuild, sink::Sink},
+    restore::{
+        fds::StdioFds,
+        follow::FollowError,
+        rebuild::{Names, Pids, Rebuild},
+        sink::Sink,
+    },
     sys::misc,
     tracer::Tracer,
-    wire::{self, Accept, Message, Running, State, WireError},
+    wire::{self, Accept, Applied, Message, RoundStart, Running, State, WireError},
 };
 use migrate_transport::{Link, PageFrame, PageReceiver};
 use std::{
@@ -110,49 +116,50 @@ pub async fn serve<L: Link>(
         return Ok(Served::Answered);
     }
 
-    // A session may pass before the freeze: rounds, transient blockers.
-    let state = tokio::select! {
-        m = tokio::time::timeout(PATIENCE, wire::recv(&mut link)) => match m {
-            Ok(Ok(Message::State(s))) => *s,
-            Ok(Ok(other)) => return Err(lost("freeze")(WireError::Protocol(format!("{} instead of the state", other.name())))),
-            Ok(Err(e)) => return Err(lost("freeze")(e)),
-            Err(_) => return Err(Failure::failed("freeze", 0, "the source says nothing; nothing was started here")),
-        },
-        () = cancel.cancelled() => return Err(interrupted()),
-    };
-    let arrived = Instant::now();
-    let whole = state.tree.validate().and_then(|()| {
-        if state.tree.processes.is_empty() {
-            Err("it is empty".into())
-        } else {
-            Ok(())
-        }
-    });
-    whole.map_err(|e| lost("freeze")(WireError::Protocol(format!("a tree that is none: {e}"))))?;
-    events(Event::Phase { phase: "restore" });
-    let processes = state.tree.processes.len() as u32;
-    let threads = state.tree.processes.iter().map(|p| p.threads.len() as u32).sum();
+    // A while may pass before the freeze: rounds, transient blockers.
     let tracer = Tracer::start().map_err(|e| Failure::failed("restore", 0, e))?;
+    let stdio_fds = StdioFds::open(&stdio).map_err(|e| Failure::failed("restore", 0, format!("cannot open the standard streams: {e}")))?;
+    let mut site = Site {
+        tracer: &tracer,
+        id: &id,
+        state_dir: &state_dir,
+        peer: link.peer().fingerprint.to_string(),
+        copy: None,
+    };
+    let mut rounds = Vec::new();
     let built = tokio::select! {
-        b = build(&mut link, &tracer, state, &id, &state_dir, &stdio, &events) => b,
+        b = rounds_and_state(&mut link, &mut site, &mut rounds, stdio_fds, &events) => b,
         () = cancel.cancelled() => Err("the receiver was interrupted".to_owned()),
     };
-    let (mut copy, mut journal, mut entry, round) = match built {
+    let (
+        arrived,
+        Copy {
+            rebuild,
+            mut journal,
+            mut entry,
+        },
+    ) = match built.and_then(|a| Ok((a, site.copy.take().ok_or("nothing arrived")?))) {
         Ok(b) => b,
         Err(reason) => {
-            // Everything built so far has died with its guard. Whoever asks later hears the same: nothing is known of it.
+            // Everything built so far dies with its guard. Whoever asks later hears the same: nothing is known of it.
+            let began = site.copy.is_some();
+            drop(site.copy.take());
             if let Ok((journal, _)) = Journal::open(&state_dir, &id, Side::Destination) {
                 let _ = journal.remove();
             }
             let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
             let _ = tokio::time::timeout(Duration::from_secs(2), wire::recv(&mut link)).await;
-            return Err(Failure::failed(
-                "restore",
-                0,
-                format!("{reason}; nothing runs here, the source was told"),
-            ));
+            let m = if began {
+                "nothing runs here, the source was told"
+            } else {
+                "nothing was started here"
+            };
+            return Err(Failure::failed("restore", 0, format!("{reason}; {m}")));
         }
     };
+    let processes = rebuild.tree().processes.len() as u32;
+    let threads = rebuild.tree().processes.iter().map(|p| p.threads.len() as u32).sum();
+    let mut copy = Some(rebuild);
 
     // The decision: one store that is the journal entry and the release.
     let released = copy.as_mut().is_some_and(|c| c.release());
@@ -198,7 +205,9 @@ pub async fn serve<L: Link>(
         restored_pid: pid,
         processes,
         threads,
-        rounds: vec![round],
+        pages_sent: rounds.iter().map(|r| r.pages).sum(),
+        pages_zero: rounds.iter().map(|r| r.zero_pages).sum(),
+        rounds,
         downtime_ms: 0.0,
         downtime: Downtime {
             restore_ms,
@@ -206,8 +215,6 @@ pub async fn serve<L: Link>(
         },
         total_ms: start.elapsed().as_secs_f64() * 1000.0,
         bytes_sent: link.bytes_sent(),
-        pages_sent: round.pages,
-        pages_zero: round.zero_pages,
         agent_peak_rss: misc::peak_rss(),
         ..Default::default()
     })))
@@ -217,72 +224,190 @@ fn interrupted() -> Failure {
     Failure::failed("cancel", 0, "interrupted; nothing was started here")
 }
 
-type Ready = (Option<Rebuild>, Journal, Entry, Round);
+/// A copy being built, and its journal.
+struct Copy {
+    rebuild: Rebuild,
+    journal: Journal,
+    entry: Entry,
+}
 
-/// Builds the copy up to the last step before the release. Err: why not, in words for both sides.
-async fn build<L: Link>(
+/// Where it is built.
+struct Site<'a> {
+    tracer: &'a Tracer,
+    id: &'a str,
+    state_dir: &'a Path,
+    peer: String,
+    copy: Option<Copy>,
+}
+
+impl Site<'_> {
+    /// Gives the copy this shape: the first time from nothing, later by following; anew when that is not possible, which the source knows too.
+    async fn shape(&mut self, tree: Tree, names: Names, drops: Vec<(u32, u64, u64)>) -> Result<Sink, String> {
+        tree.validate().map_err(|e| format!("the source sent a tree that is none: {e}"))?;
+        if tree.processes.is_empty() || !names.fit(&tree) {
+            return Err("the source sent a tree that is none: it is empty, or its names do not fit".into());
+        }
+        if let Some(mut c) = self.copy.take() {
+            let (t, n) = (tree.clone(), names.clone());
+            let (followed, c) = self
+                .tracer
+                .call(move || (c.rebuild.follow(t, n, &drops), c))
+                .await
+                .map_err(|e| e.to_string())?;
+            match followed {
+                Ok(()) => return self.settle(c).await,
+                Err(FollowError::Anew(why)) => {
+                    tracing::debug!(why, "the skeleton is built anew");
+                    let Copy { rebuild, journal, .. } = c;
+                    self.tracer.call(move || drop(rebuild)).await.map_err(|e| e.to_string())?;
+                    journal.remove().map_err(|e| e.to_string())?;
+                }
+                Err(FollowError::Failed(e)) => return Err(e.to_string()),
+            }
+        }
+        let entry = Entry {
+            id: self.id.to_owned(),
+            side: Side::Destination,
+            stage: Stage::Committed,
+            processes: Vec::new(),
+            peer: self.peer.clone(),
+            since: misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
+            boot_id: journal::boot_id(),
+        };
+        let journal = Journal::create(self.state_dir, &entry)
+            .map_err(|e| format!("cannot write the journal in {}: {e}", self.state_dir.display()))?;
+        let word = journal.file().try_clone().map_err(|e| e.to_string())?;
+        let built = self
+            .tracer
+            .call(move || {
+                let pids = if crate::restore::rebuild::pids_free(&tree) {
+                    Pids::Here
+                } else {
+                    Pids::Fresh
+                };
+                Rebuild::skeleton(tree, names, &word, pids, true).map_err(|e| e.to_string())
+            })
+            .await
+            .map_err(|e| e.to_string())?;
+        let rebuild = match built {
+            Ok(r) => r,
+            Err(e) => {
+                let _ = journal.remove();
+                return Err(e);
+            }
+        };
+        self.settle(Copy { rebuild, journal, entry }).await
+    }
+
+    /// Notes the processes in the journal, and opens the way for pages.
+    async fn settle(&mut self, mut c: Copy) -> Result<Sink, String> {
+        let now = journal::identify(c.rebuild.pids());
+        let sink = c.rebuild.sink().map_err(|e| format!("cannot reach the copy's memory: {e}"));
+        let noted = if now == c.entry.processes {
+            Ok(())
+        } else {
+            c.entry.processes = now;
+            c.journal.update(&c.entry)
+        };
+        self.copy = Some(c);
+        noted.map_err(|e| format!("cannot write the journal: {e}"))?;
+        sink
+    }
+
+    /// Runs a closure with the copy on the thread that owns it.
+    async fn with<R: Send + 'static>(&mut self, f: impl FnOnce(&mut Rebuild) -> R + Send + 'static) -> Result<R, String> {
+        let mut c = self.copy.take().ok_or("nothing was built yet")?;
+        let (r, c) = self.tracer.call(move || (f(&mut c.rebuild), c)).await.map_err(|e| e.to_string())?;
+        self.copy = Some(c);
+        Ok(r)
+    }
+}
+
+/// Receives rounds, then the state, and builds the copy up to the last step before the release. Returns when the state arrived. Err: why not, in
+/// words for both sides.
+async fn rounds_and_state<L: Link>(
     link: &mut L,
-    tracer: &Tracer,
-    state: State,
-    id: &str,
-    state_dir: &Path,
-    stdio: &Stdio,
+    site: &mut Site<'_>,
+    rounds: &mut Vec<Round>,
+    stdio: StdioFds,
     events: &Events,
-) -> Result<Ready, String> {
+) -> Result<Instant, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let stdio_fds = StdioFds::open(stdio).map_err(|e| format!("cannot open the standard streams: {e}"))?;
+    let mut shown = None;
+    loop {
+        let message = match tokio::time::timeout(PATIENCE, wire::recv(link)).await {
+            Ok(m) => m.map_err(|e| text(&e))?,
+            Err(_) => return Err("the source says nothing".into()),
+        };
+        let start = match message {
+            Message::Round(r) => *r,
+            Message::State(state) => return last(link, site, rounds, *state, stdio, events).await,
+            other => return Err(format!("the source sent {} instead of a round or the state", other.name())),
+        };
+        if shown.is_none() {
+            events(Event::Phase { phase: "pre-copy" });
+        }
+        let began = Instant::now();
+        let RoundStart {
+            number,
+            tree,
+            names,
+            drops,
+            bytes,
+        } = start;
+        let tree = match (tree, &mut shown) {
+            (Some(t), _) => {
+                shown = Some(t.clone());
+                t
+            }
+            (None, Some(t)) => t.clone(),
+            (None, None) => return Err("the source's first round has no tree".into()),
+        };
+        let sink = site.shape(tree, names, drops).await?;
+        let shape_ms = began.elapsed().as_secs_f64() * 1000.0;
+        let round = pages(link, sink, number, bytes, events).await?;
+        events(Event::Round(round));
+        rounds.push(round);
+        let applied = Applied {
+            number,
+            pages: round.pages,
+            zero: round.zero_pages,
+            shape_ms,
+        };
+        wire::send(link, &Message::Applied(applied)).await.map_err(|e| text(&e))?;
+    }
+}
+
+/// The frozen tree: the last pages, and everything else.
+async fn last<L: Link>(
+    link: &mut L,
+    site: &mut Site<'_>,
+    rounds: &mut Vec<Round>,
+    state: State,
+    stdio: StdioFds,
+    events: &Events,
+) -> Result<Instant, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let arrived = Instant::now();
+    events(Event::Phase { phase: "restore" });
     let State {
         tree,
+        names,
+        drops,
         guards,
         bytes,
         verify,
     } = state;
-    let mut entry = Entry {
-        id: id.to_owned(),
-        side: Side::Destination,
-        stage: Stage::Committed,
-        processes: Vec::new(),
-        peer: link.peer().fingerprint.to_string(),
-        since: misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
-        boot_id: journal::boot_id(),
-    };
-    let mut journal =
-        Journal::create(state_dir, &entry).map_err(|e| format!("cannot write the journal in {}: {e}", state_dir.display()))?;
-    let word = journal.file().try_clone().map_err(|e| text(&e))?;
-    let (mut copy, sink) = tracer
-        .call(move || {
-            let pids = if crate::restore::rebuild::pids_free(&tree) {
-                Pids::Here
-            } else {
-                Pids::Fresh
-            };
-            let copy = Rebuild::skeleton(tree, &word, pids, true).map_err(|e| e.to_string())?;
-            let sink = copy.sink().map_err(|e| format!("cannot reach the copy's memory: {e}"))?;
-            Ok::<_, String>((copy, sink))
-        })
-        .await
-        .map_err(|e| text(&e))??;
-    entry.processes = journal::identify(copy.pids());
-    journal.update(&entry).map_err(|e| text(&e))?;
-    let round = pages(link, sink, bytes, events).await?;
+    let sink = site.shape(tree, names, drops).await?;
+    let round = pages(link, sink, rounds.len() as u32 + 1, bytes, events).await?;
+    rounds.push(round);
     let own_hashes = if verify {
-        let (r, c) = tracer
-            .call(move || (oracle::hashes(copy.tree(), copy.pids(), copy.objects()), copy))
-            .await
-            .map_err(|e| text(&e))?;
-        copy = c;
-        Some(r.map_err(|e| format!("cannot hash the copy's pages: {e}"))?)
+        let hashes = site.with(|c| oracle::hashes(c.tree(), c.pids(), c.objects())).await?;
+        Some(hashes.map_err(|e| format!("cannot hash the copy's pages: {e}"))?)
     } else {
         None
     };
-    let (done, copy) = tracer
-        .call(move || {
-            let mut copy = copy;
-            (copy.complete(&stdio_fds, &guards).map_err(|e| e.to_string()), copy)
-        })
-        .await
-        .map_err(|e| text(&e))?;
-    done?;
+    site.with(move |c| c.complete(&stdio, &guards).map_err(|e| e.to_string())).await??;
     let h = match tokio::time::timeout(PATIENCE, wire::recv(link)).await {
         Ok(Ok(Message::Handover(h))) => h,
         Ok(Ok(other)) => return Err(format!("the source sent {} instead of the handover", other.name())),
@@ -301,11 +426,14 @@ async fn build<L: Link>(
             return Err(format!("the copy's memory differs from the original's: {}", d.join("; ")));
         }
     }
-    Ok((Some(copy), journal, entry, round))
+    Ok(arrived)
 }
 
 /// Receives pages until the stream ends, and writes them from a thread of their own.
-async fn pages<L: Link>(link: &mut L, sink: Sink, total: u64, events: &Events) -> Result<Round, String> {
+async fn pages<L: Link>(link: &mut L, sink: Sink, number: u32, total: u64, events: &Events) -> Result<Round, String> {
+    if total == 0 {
+        return Ok(Round::default());
+    }
     let start = Instant::now();
     let mut stream = link.accept_pages().await.map_err(|e| e.to_string())?;
     let (tx, rx) = std::sync::mpsc::sync_channel::<PageFrame>(4);
@@ -340,7 +468,7 @@ async fn pages<L: Link>(link: &mut L, sink: Sink, total: u64, events: &Events) -
                     last = Instant::now();
                     let rate = (received as f64 / start.elapsed().as_secs_f64()) as u64;
                     events(Event::Progress {
-                        round: 1,
+                        round: number,
                         bytes: received,
                         total,
                         rate,
@@ -371,6 +499,7 @@ async fn pages<L: Link>(link: &mut L, sink: Sink, total: u64, events: &Events) -
         zero_pages,
         bytes: received,
         ms: start.elapsed().as_secs_f64() * 1000.0,
+        stopped_ms: 0.0,
     })
 }
 

@@ -33,6 +33,8 @@ pub struct SendOptions {
     pub max_time: Duration,
     /// Bytes a second at most on the wire.
     pub bandwidth: Option<u64>,
+    /// How written pages are found.
+    pub tracker: crate::track::Kind,
     /// The original goes on running too.
     pub leave_running: bool,
     /// Preflight and prediction only.
@@ -72,6 +74,19 @@ pub enum Event {
     },
     /// A round ended.
     Round(Round),
+    /// What the planner makes of the rounds so far.
+    Plan {
+        /// Rounds so far.
+        round: u32,
+        /// Bytes of memory that are dirty now.
+        dirty_bytes: u64,
+        /// Bytes of memory dirtied a second.
+        dirty_rate: u64,
+        /// Bytes a second on the wire, as acknowledged.
+        rate: u64,
+        /// The freeze that would come of freezing now, milliseconds.
+        predicted_downtime_ms: f64,
+    },
     /// Something the user should know.
     Note {
         /// The text.
@@ -98,6 +113,9 @@ pub struct Round {
     pub bytes: u64,
     /// Milliseconds.
     pub ms: f64,
+    /// Of these, milliseconds in which the tree was stopped to look at it (soft-dirty).
+    #[serde(default)]
+    pub stopped_ms: f64,
 }
 
 /// Parts of the freeze, milliseconds.
@@ -107,6 +125,8 @@ pub struct Downtime {
     pub interrupt_ms: f64,
     /// Reading registers, signals, timers, descriptors, mappings.
     pub collect_ms: f64,
+    /// Looking for pages that were written since the last round.
+    pub scan_ms: f64,
     /// Sending the state and the last pages until the destination has them.
     pub transfer_ms: f64,
     /// Rebuilding processes, mappings, descriptors and threads (destination's clock).

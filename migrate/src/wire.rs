@@ -4,8 +4,11 @@
 //! source                      destination
 //!   Inventory  ------------------>            preflight: nothing is created yet
 //!              <------------------ Accept | Refuse
-//!   State      ------------------>            everything but the pages
+//!   Round      ------------------>            pre-copy, as often as the planner likes: the shape of the running tree
 //!   pages      ==================>            on a stream of their own
+//!              <------------------ Applied    all of it is in the skeleton's memory
+//!   State      ------------------>            frozen: everything but the pages
+//!   pages      ==================>            what is left
 //!   Handover   ------------------>            from here the destination decides
 //!              <------------------ Running | Aborted
 //!   Query      ------------------>            on a new connection, when the answer was lost
@@ -15,6 +18,7 @@
 use crate::{
     blocker::Blocker,
     image::{Host, Tree, codec},
+    restore::rebuild::Names,
 };
 use migrate_transport::{Link, LinkError, Section};
 use serde::{Deserialize, Serialize};
@@ -23,7 +27,7 @@ use serde::{Deserialize, Serialize};
 pub const DONE: &str = "done";
 
 /// Revision of every message here.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// A message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -48,6 +52,10 @@ pub enum Message {
     Pending,
     /// Bytes to measure the link with, in a rehearsal.
     Probe(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// A pre-copy round begins; its pages follow.
+    Round(Box<RoundStart>),
+    /// A round is in the skeleton's memory.
+    Applied(Applied),
 }
 
 /// A running tree as the source sees it.
@@ -72,11 +80,43 @@ pub struct Accept {
     pub fresh_pids: bool,
 }
 
+/// The beginning of a pre-copy round.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RoundStart {
+    /// From 1.
+    pub number: u32,
+    /// The running tree without registers and descriptors, when its shape differs from the last one sent.
+    pub tree: Option<Tree>,
+    /// What its address spaces and objects are called in page runs.
+    pub names: Names,
+    /// Memory to be made untouched again before the pages are written: (space or object, start, end).
+    pub drops: Vec<(u32, u64, u64)>,
+    /// Bytes of pages that follow.
+    pub bytes: u64,
+}
+
+/// A round has arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Applied {
+    /// Which.
+    pub number: u32,
+    /// Pages with content that were written.
+    pub pages: u64,
+    /// Zero pages.
+    pub zero: u64,
+    /// Milliseconds until the skeleton had its new shape.
+    pub shape_ms: f64,
+}
+
 /// The frozen tree.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Everything but pages.
     pub tree: Tree,
+    /// What its address spaces and objects are called in page runs.
+    pub names: Names,
+    /// Memory to be made untouched again before the pages are written: (space or object, start, end).
+    pub drops: Vec<(u32, u64, u64)>,
     /// Guard regions by address space.
     pub guards: Vec<Vec<(u64, u64)>>,
     /// Bytes of pages that follow.
@@ -118,6 +158,8 @@ impl Message {
             Message::Query(_) => 8,
             Message::Pending => 9,
             Message::Probe(_) => 10,
+            Message::Round(_) => 11,
+            Message::Applied(_) => 12,
         }
     }
 
@@ -135,6 +177,8 @@ impl Message {
             "Query",
             "Pending",
             "Probe",
+            "Round",
+            "Applied",
         ][self.kind() as usize]
     }
 }

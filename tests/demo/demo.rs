@@ -4,6 +4,7 @@ use migrate_harness::{Hosts, HttpClient, Moved, Stdio, programs, python, tool, w
 use std::time::Duration;
 
 fn main() {
+    migrate_harness::without_oracle();
     let Some(hosts) = Hosts::new() else {
         eprintln!("The demo makes two hosts out of namespaces: that takes root and iproute2.");
         std::process::exit(1);

@@ -92,4 +92,5 @@ pub mod quic;
 pub mod trust;
 
 pub use error::{AcceptError, BindError, ConnectError, LinkError, VersionRange};
+pub use frame::pages::sample_compression;
 pub use link::{Encoding, Link, PageFrame, PageReceiver, PageSender, Peer, Run, Section};

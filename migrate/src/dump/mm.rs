@@ -4,7 +4,10 @@ use super::{files, objects::ObjectTable};
 use crate::{
     blocker::Blocker,
     image::{Backing, FileId, Object, ObjectKind, Vma, VmaFlags},
-    procfs::{self, maps::Mapping},
+    procfs::{
+        self,
+        maps::{self, Mapping},
+    },
 };
 use std::{
     collections::HashMap,
@@ -16,23 +19,88 @@ use std::{
         unix::{ffi::OsStrExt, ffi::OsStringExt, fs::OpenOptionsExt},
     },
     path::Path,
+    time::{Duration, Instant},
 };
 
 /// The mapping of the pilots, behind the page with the decision word.
 const PILOT: &[u8] = b"/memfd:migrate-pilot";
 
-/// Files already identified, by device and inode, so that a library mapped by every process is looked at once.
-#[derive(Debug, Default)]
-pub struct FileCache(HashMap<(u64, u64, bool), FileId>);
+/// How old the properties of mappings may be when something else about them has changed.
+const REFRESH: Duration = Duration::from_millis(250);
 
-/// Classifies the mappings of a process. `skip` is the injector's own table.
+/// What one look at a tree saves the next: files already identified, and the properties of mappings, which only smaps tells and which cost a
+/// walk over every page there (15 to 30 ms a GiB).
+#[derive(Debug, Default)]
+pub struct Cache {
+    /// By device, inode, size, modification time and whether the build-id is wanted.
+    files: HashMap<(u64, u64, i64, i64, bool), FileId>,
+    /// smaps of each process, as read last.
+    maps: HashMap<i32, (Instant, Vec<Mapping>)>,
+    /// Ranges were registered with a userfaultfd of this agent: that the mappings say so is no obstacle.
+    pub tracked: bool,
+}
+
+impl Cache {
+    /// The mappings of a process with their properties. smaps is read when maps shows a mapping that was not there before, when something is locked,
+    /// and, while the process runs, when anything differs and the last time was a while ago. Otherwise a mapping that grew, shrank or was
+    /// split keeps its properties. What madvise(2) changes on a whole mapping is seen at the next smaps.
+    pub fn mappings(&mut self, pid: i32, locked: bool, frozen: bool) -> io::Result<Vec<Mapping>> {
+        let Some((since, old)) = self.maps.get(&pid).filter(|_| !locked) else {
+            return self.refresh(pid);
+        };
+        let mut now = maps::maps(pid)?;
+        let mut k = 0;
+        let mut differs = now.len() != old.len();
+        for m in &mut now {
+            while old.get(k).is_some_and(|o| o.end <= m.start) {
+                k += 1;
+            }
+            // The kernel merges only what has equal properties, so any former mapping of the same thing in this range will do.
+            let same = |o: &&Mapping| {
+                let named = o.name == m.name || o.name.is_empty() || m.name.is_empty();
+                (o.shared, o.dev, o.ino) == (m.shared, m.dev, m.ino) && named
+            };
+            match old[k..].iter().take_while(|o| o.start < m.end).find(same) {
+                Some(o) => {
+                    m.vm_flags.clone_from(&o.vm_flags);
+                    m.pkey = o.pkey;
+                    differs |= (o.start, o.end, o.prot) != (m.start, m.end, m.prot);
+                }
+                // Nothing of the program's: the injector's table.
+                None if is_leaked_table(pid, m) => {}
+                None => return self.refresh(pid),
+            }
+        }
+        if differs && !frozen && since.elapsed() > REFRESH {
+            return self.refresh(pid);
+        }
+        Ok(now)
+    }
+
+    /// Reads smaps.
+    pub fn refresh(&mut self, pid: i32) -> io::Result<Vec<Mapping>> {
+        let now = maps::smaps(pid)?;
+        self.maps.insert(pid, (Instant::now(), now.clone()));
+        Ok(now)
+    }
+
+    /// Forgets processes that are not among these.
+    pub fn keep(&mut self, pids: &[i32]) {
+        self.maps.retain(|pid, _| pids.contains(pid));
+    }
+}
+
+/// Classifies the mappings of a process. `skip` is the injector's own table. While the process is `running` a mapping that has gone since `maps` was
+/// read is left out: a program that maps and unmaps all the time could never be looked at otherwise.
+#[allow(clippy::too_many_arguments)]
 pub fn vmas(
     pid: i32,
     place: &str,
     maps: &[Mapping],
     skip: (u64, u64),
+    running: bool,
     objects: &mut ObjectTable,
-    cache: &mut FileCache,
+    cache: &mut Cache,
     blockers: &mut Vec<Blocker>,
 ) -> io::Result<Vec<Vma>> {
     let mut out = Vec::with_capacity(maps.len());
@@ -46,13 +114,14 @@ pub fn vmas(
             continue;
         }
         let place = || format!("{place} mapping {:x}-{:x} {}", m.start, m.end, String::from_utf8_lossy(&m.name));
-        if let Some(reason) = unsupported(m) {
+        if let Some(reason) = unsupported(m, cache.tracked) {
             blockers.push(Blocker::new(place(), reason, "end its use before migrating"));
             continue;
         }
         match backing(pid, m, objects, cache) {
             Ok(Some(backing)) => out.push(vma(m, backing)),
             Ok(None) => {}
+            Err(Reason::Io(e)) if running && e.kind() == io::ErrorKind::NotFound => {}
             Err(Reason::Io(e)) => return Err(e),
             Err(Reason::Blocked(reason, fix)) => blockers.push(Blocker::new(place(), reason, fix)),
         }
@@ -60,12 +129,12 @@ pub fn vmas(
     Ok(out)
 }
 
-fn unsupported(m: &Mapping) -> Option<&'static str> {
+fn unsupported(m: &Mapping, tracked: bool) -> Option<&'static str> {
     let special = matches!(m.name.as_slice(), b"[vdso]" | b"[vvar]" | b"[vvar_vclock]");
     Some(match () {
         _ if special => return None,
         _ if m.has(b"ht") => "huge pages of hugetlbfs cannot move yet",
-        _ if m.has(b"um") || m.has(b"uw") || m.has(b"ui") => "the program has a userfaultfd of its own registered here",
+        _ if m.has(b"um") || (m.has(b"uw") && !tracked) || m.has(b"ui") => "the program has a userfaultfd of its own registered here",
         _ if m.has(b"ss") => "a shadow stack (CET) cannot move yet",
         _ if m.has(b"sl") => "the mapping is sealed by mseal(2), which cannot be rebuilt yet",
         _ if m.has(b"pf") || m.has(b"io") => "it maps a device's memory",
@@ -123,7 +192,7 @@ fn vma(m: &Mapping, backing: Backing) -> Vma {
     }
 }
 
-fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCache) -> Result<Option<Backing>, Reason> {
+fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut Cache) -> Result<Option<Backing>, Reason> {
     if m.name.starts_with(b"[v") {
         return Ok(Some(Backing::Special(String::from_utf8_lossy(&m.name).into_owned())));
     }
@@ -178,8 +247,14 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCac
         }));
     }
     let exec = m.prot & 4 != 0;
-    let key = (meta.st_dev, meta.st_ino, exec);
-    let file = match cache.0.get(&key) {
+    let key = (
+        meta.st_dev,
+        meta.st_ino,
+        meta.st_size,
+        meta.st_mtime * 1_000_000_000 + meta.st_mtime_nsec as i64,
+        exec,
+    );
+    let file = match cache.files.get(&key).filter(|f| f.path == path) {
         Some(f) => f.clone(),
         None => {
             let here = procfs::path(pid, "root").join(OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(&path)));
@@ -196,7 +271,7 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut FileCac
             if exec {
                 f.build_id = files::build_id(Path::new(&link));
             }
-            cache.0.insert(key, f.clone());
+            cache.files.insert(key, f.clone());
             f
         }
     };

@@ -9,7 +9,11 @@ pub struct ObjectTable {
     index: HashMap<(u64, u64), u32>,
     objects: Vec<Object>,
     sources: Vec<OwnedFd>,
+    keys: Vec<(u64, u64)>,
 }
+
+/// Objects, descriptors to read them through, and the inodes (device, number) behind them, all in the order of their indices.
+pub type Parts = (Vec<Object>, Vec<OwnedFd>, Vec<(u64, u64)>);
 
 impl ObjectTable {
     /// An empty table.
@@ -27,6 +31,7 @@ impl ObjectTable {
         let i = self.objects.len() as u32;
         self.objects.push(object);
         self.sources.push(source);
+        self.keys.push((dev, ino));
         self.index.insert((dev, ino), i);
         Ok(i)
     }
@@ -36,8 +41,8 @@ impl ObjectTable {
         &self.objects
     }
 
-    /// The objects and, in the same order, the descriptors to read them through.
-    pub fn into_parts(self) -> (Vec<Object>, Vec<OwnedFd>) {
-        (self.objects, self.sources)
+    /// All of it.
+    pub fn into_parts(self) -> Parts {
+        (self.objects, self.sources, self.keys)
     }
 }

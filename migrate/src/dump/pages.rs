@@ -5,7 +5,7 @@
 use crate::{
     image::{Backing, Mm, PAGE, Tree},
     sys::{
-        mem::Mem,
+        mem::{self, Mem},
         pagemap::{Pagemap, Range},
     },
 };
@@ -15,7 +15,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
     sync::Mutex,
@@ -75,23 +75,31 @@ pub fn plan_mm(pid: i32, space: u32, mm: &Mm) -> io::Result<(SpacePlan, Guards)>
     Ok((plan, guards))
 }
 
-/// The parts of an object that hold data (lseek(2), SEEK_DATA).
+/// The parts of an object that hold data.
 pub fn plan_object(space: u32, fd: &OwnedFd, size: u64) -> io::Result<SpacePlan> {
+    Ok(SpacePlan {
+        space,
+        ranges: data(fd.as_fd(), size)?,
+    })
+}
+
+/// The page ranges of a file of `size` bytes that hold data (lseek(2), SEEK_DATA).
+pub fn data(fd: BorrowedFd<'_>, size: u64) -> io::Result<Vec<(u64, u64)>> {
     use nix::unistd::{Whence, lseek};
-    let mut plan = SpacePlan { space, ranges: Vec::new() };
+    let mut ranges = Vec::new();
     let mut at = 0i64;
     while (at as u64) < size {
-        let data = match lseek(fd.as_fd(), at, Whence::SeekData) {
+        let data = match lseek(fd, at, Whence::SeekData) {
             Ok(d) => d,
             Err(nix::Error::ENXIO) => break,
             Err(e) => return Err(e.into()),
         };
-        let hole = lseek(fd.as_fd(), data, Whence::SeekHole)?;
+        let hole = lseek(fd, data, Whence::SeekHole)?;
         let start = data as u64 & !(PAGE - 1);
-        plan.ranges.push((start, (hole as u64).next_multiple_of(PAGE)));
+        ranges.push((start, (hole as u64).next_multiple_of(PAGE)));
         at = hole;
     }
-    Ok(plan)
+    Ok(ranges)
 }
 
 /// Everything of a frozen tree.
@@ -119,6 +127,21 @@ pub enum Reader {
 }
 
 impl Reader {
+    fn read_many(&self, ranges: &[(u64, u64)], buf: &mut [u8]) -> io::Result<()> {
+        if let Reader::Process(m) = self
+            && ranges.len() > 1
+            && mem::read_many(m.pid(), ranges, buf).is_ok()
+        {
+            return Ok(());
+        }
+        let mut at = 0;
+        for &(start, len) in ranges {
+            self.read(start, &mut buf[at..at + len as usize])?;
+            at += len as usize;
+        }
+        Ok(())
+    }
+
     fn read(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
         match self {
             Reader::Process(m) => m.read(at, buf),
@@ -153,25 +176,87 @@ pub struct Batch {
 
 /// Reads a plan piece by piece, zero pages turned into runs, and hands each frame's worth to `sink`; stops when it says so.
 pub fn read_plan(plan: &SpacePlan, reader: &Reader, sink: &mut dyn FnMut(Batch) -> bool) -> io::Result<()> {
-    let mut batch = Builder::new(plan.space);
+    read_with(plan, reader, &mut |_, e| Err(e), sink)
+}
+
+/// The same of a running process, where memory may be unmapped under the read: such pages are left out, and listed in `missed`.
+pub fn read_running(
+    plan: &SpacePlan,
+    reader: &Reader,
+    missed: &mut Vec<(u32, u64, u64)>,
+    sink: &mut dyn FnMut(Batch) -> bool,
+) -> io::Result<()> {
+    let space = plan.space;
+    let mut miss = |at, _| {
+        missed.push((space, at, at + PAGE));
+        Ok(())
+    };
+    read_with(plan, reader, &mut miss, sink)
+}
+
+fn read_with(
+    plan: &SpacePlan,
+    reader: &Reader,
+    miss: &mut dyn FnMut(u64, io::Error) -> io::Result<()>,
+    sink: &mut dyn FnMut(Batch) -> bool,
+) -> io::Result<()> {
+    // A frame's worth of ranges at a time: pages dirtied at random are ranges of one page, and a call for each would cost more than the copy.
+    let mut group: Vec<(u64, u64)> = Vec::new();
+    let mut held = 0;
+    let mut send = |group: &mut Vec<(u64, u64)>| -> io::Result<bool> {
+        let batch = read_group(plan.space, reader, group, miss)?;
+        group.clear();
+        Ok(batch.is_none_or(&mut *sink))
+    };
     for &(start, end) in &plan.ranges {
         let mut at = start;
         while at < end {
-            let n = (end - at).min((FRAME_PAGES - batch.held) * PAGE);
-            batch.add(reader, at, n)?;
+            let n = (end - at).min((FRAME_PAGES - held) * PAGE);
+            group.push((at, n));
+            held += n / PAGE;
             at += n;
-            if batch.held >= FRAME_PAGES || batch.runs.len() >= 1024 {
-                let b = std::mem::replace(&mut batch, Builder::new(plan.space)).finish()?;
-                if !sink(b) {
+            if held >= FRAME_PAGES {
+                held = 0;
+                if !send(&mut group)? {
                     return Ok(());
                 }
             }
         }
     }
-    if batch.held > 0 {
-        sink(batch.finish()?);
+    if held > 0 {
+        send(&mut group)?;
     }
     Ok(())
+}
+
+/// Reads ranges, (address, bytes), of a frame at most. None: nothing could be read.
+fn read_group(
+    space: u32,
+    reader: &Reader,
+    group: &[(u64, u64)],
+    miss: &mut dyn FnMut(u64, io::Error) -> io::Result<()>,
+) -> io::Result<Option<Batch>> {
+    let mut batch = Builder::new(space);
+    let total: u64 = group.iter().map(|r| r.1).sum();
+    let mut buf = Buffer::take(total as usize);
+    if reader.read_many(group, &mut buf.bytes).is_ok() {
+        batch.take(group, buf);
+        return batch.finish().map(Some);
+    }
+    // Page by page, to find the one that cannot be read.
+    for &(start, len) in group {
+        for page in (start..start + len).step_by(PAGE as usize) {
+            let mut buf = Buffer::take(PAGE as usize);
+            match reader.read(page, &mut buf.bytes) {
+                Ok(()) => batch.take(&[(page, PAGE)], buf),
+                Err(e) => miss(page, e)?,
+            }
+        }
+    }
+    if batch.held == 0 {
+        return Ok(None);
+    }
+    batch.finish().map(Some)
 }
 
 /// Whether a page is all zeros.
@@ -237,27 +322,28 @@ impl Builder {
         }
     }
 
-    fn add(&mut self, reader: &Reader, at: u64, len: u64) -> io::Result<()> {
-        let mut buf = Buffer::take(len as usize);
-        reader.read(at, &mut buf.bytes)?;
+    /// Takes ranges over that were read one after the other into a buffer.
+    fn take(&mut self, ranges: &[(u64, u64)], buf: Buffer) {
         let buf = Bytes::from_owner(buf);
         let mut k = 0usize;
-        while k < buf.len() {
-            let zero = is_zero(&buf[k..k + PAGE as usize]);
-            let from = k;
-            while k < buf.len() && is_zero(&buf[k..k + PAGE as usize]) == zero {
-                k += PAGE as usize;
+        for &(start, len) in ranges {
+            let (base, end) = (k, k + len as usize);
+            while k < end {
+                let zero = is_zero(&buf[k..k + PAGE as usize]);
+                let from = k;
+                while k < end && is_zero(&buf[k..k + PAGE as usize]) == zero {
+                    k += PAGE as usize;
+                }
+                let pages = (k - from) as u64 / PAGE;
+                if zero {
+                    self.zero += pages;
+                } else {
+                    self.data.push(buf.slice(from..k));
+                }
+                self.runs.push((start + (from - base) as u64, pages, zero));
             }
-            let pages = (k - from) as u64 / PAGE;
-            if zero {
-                self.zero += pages;
-            } else {
-                self.data.push(buf.slice(from..k));
-            }
-            self.runs.push((at + from as u64, pages, zero));
+            self.held += len / PAGE;
         }
-        self.held += len / PAGE;
-        Ok(())
     }
 
     fn finish(self) -> io::Result<Batch> {

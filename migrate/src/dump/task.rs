@@ -321,9 +321,12 @@ pub fn thread(pid: i32, task: &crate::tracer::Task, asked: &AskedThread, all_cpu
     })
 }
 
-/// The address-space layout with the current break.
+/// The address-space layout with the current break; 0 when it is not known, as only the process itself can be asked for it.
 pub fn layout(p: &Proc, brk: u64) -> Layout {
-    Layout { brk, ..p.stat.layout }
+    Layout {
+        brk: brk.max(p.stat.layout.start_brk),
+        ..p.stat.layout
+    }
 }
 
 /// /proc/PID/limits.

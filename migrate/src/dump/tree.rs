@@ -40,6 +40,10 @@ pub struct Dumped {
     pub pids: Vec<i32>,
     /// A descriptor for reading each of `tree.objects`.
     pub object_fds: Vec<OwnedFd>,
+    /// (device, inode) of each of them.
+    pub object_keys: Vec<(u64, u64)>,
+    /// Start time of each process, in clock ticks: with the pid it names a process for good.
+    pub started: Vec<u64>,
     /// Everything that cannot move.
     pub blockers: Vec<Blocker>,
 }
@@ -51,7 +55,16 @@ pub fn place(pid: i32) -> String {
 }
 
 /// Looks at a running tree without stopping anything.
-pub fn inventory(root: i32, host: Host) -> Result<Dumped, DumpError> {
+pub fn inventory(root: i32, host: Host, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
+    look(root, host, cache, fds::Mode::Inventory)
+}
+
+/// The same without descriptors: processes, threads, mappings and the objects behind them, for the skeleton.
+pub fn outline(root: i32, host: Host, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
+    look(root, host, cache, fds::Mode::Outline)
+}
+
+fn look(root: i32, host: Host, cache: &mut mm::Cache, mode: fds::Mode) -> Result<Dumped, DumpError> {
     let mut procs = Vec::new();
     for (pid, parent, parent_tid) in discover(root)? {
         let Ok(stat) = stat::read(pid) else { continue };
@@ -78,13 +91,13 @@ pub fn inventory(root: i32, host: Host) -> Result<Dumped, DumpError> {
         });
     }
     let mut asked: Vec<_> = procs.iter().map(|_| task::Asked::default()).collect();
-    collect(&procs, &mut asked, host, fds::Mode::Inventory)
+    collect(&procs, &mut asked, host, mode, cache)
 }
 
 /// Reads everything of a frozen tree but the pages.
 ///
 /// Signals that arrive in between are delivered and the question asked again. The injectors are returned so that a thaw leaves no trace.
-pub fn frozen(f: &mut Frozen, host: Host) -> Result<(Dumped, Vec<Option<Injector>>), DumpError> {
+pub fn frozen(f: &mut Frozen, host: Host, cache: &mut mm::Cache) -> Result<(Dumped, Vec<Option<Injector>>), DumpError> {
     let mut asked = Vec::new();
     let mut injectors = Vec::new();
     let inside: Vec<Blocker> = f.procs.iter().filter_map(in_the_vdso).collect();
@@ -123,7 +136,7 @@ pub fn frozen(f: &mut Frozen, host: Host) -> Result<(Dumped, Vec<Option<Injector
             }
         }
     }
-    let mut d = collect(&f.procs, &mut asked, host, fds::Mode::Frozen)?;
+    let mut d = collect(&f.procs, &mut asked, host, fds::Mode::Frozen, cache)?;
     d.blockers.extend(inside);
     for (p, place) in f.procs.iter().map(|p| (p, place(p.pid))) {
         if !p.is_zombie() && p.tasks[0].tid != p.pid {
@@ -153,10 +166,9 @@ fn in_the_vdso(p: &Proc) -> Option<Blocker> {
     Some(Blocker::new(what, "it is in the middle of a function of the kernel's vdso", "try again").transient())
 }
 
-fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mode) -> Result<Dumped, DumpError> {
+fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mode, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
     let mut blockers = Vec::new();
     let mut objects = ObjectTable::default();
-    let mut cache = mm::FileCache::default();
     let all_cpus = online_cpus();
     let frozen = matches!(mode, fds::Mode::Frozen);
     let mut processes = Vec::new();
@@ -164,12 +176,8 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
     let mut vdsos = Vec::new();
     let mut sources = Vec::new();
     for (i, p) in procs.iter().enumerate() {
-        let st = match status::read(p.pid) {
-            Ok(s) => s,
-            // Gone since the search of an inventory; the freeze will see it right.
-            Err(_) if !frozen && i > 0 => continue,
-            Err(e) => return Err(e.into()),
-        };
+        // Gone since the search of a running tree: the caller looks again.
+        let st = status::read(p.pid)?;
         if p.is_zombie() {
             processes.push(zombie(p, &st, procs));
             continue;
@@ -177,14 +185,14 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         let here = place(p.pid);
         process_blockers(p, &st, &here, procs, asked, i, &mut blockers);
         let a = &mut asked[i];
-        let maps = maps::smaps(p.pid)?;
+        let maps = cache.mappings(p.pid, st.vm_lck_kb > 0, frozen)?;
         if let Some(t) = maps.iter().find(|m| (m.start, m.end) == a.table && a.table.1 != 0) {
             // A new mapping shows what mlockall(MCL_FUTURE) does to new mappings.
             a.mlock_future = if t.has(b"lf") { 2 } else { u8::from(t.has(b"lo")) };
         }
         let auxv = procfs::read(p.pid, "auxv")?;
         let (maps, vdso) = vdso::original(p.pid, &auxv, maps, &mut vdsos)?;
-        let vmas = mm::vmas(p.pid, &here, &maps, a.table, &mut objects, &mut cache, &mut blockers)?;
+        let vmas = mm::vmas(p.pid, &here, &maps, a.table, !frozen, &mut objects, cache, &mut blockers)?;
         let pkeys = vmas.iter().fold(0u16, |k, v| k | 1 << v.pkey) & !1;
         let exe = std::fs::read_link(procfs::path(p.pid, "exe"))?;
         let exe_meta = rustix::fs::stat(procfs::path(p.pid, "exe")).map_err(io::Error::from)?;
@@ -272,7 +280,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         processes[*at].fds = fds;
     }
     let clocks = asked.first().map_or((0, 0), |a| a.clocks);
-    let (objects, object_fds) = objects.into_parts();
+    let (objects, object_fds, object_keys) = objects.into_parts();
     let tree = Tree {
         host,
         clocks: Clocks {
@@ -298,6 +306,8 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         tree,
         pids: procs.iter().map(|p| p.pid).collect(),
         object_fds,
+        object_keys,
+        started: procs.iter().map(|p| p.stat.start_time).collect(),
         blockers,
     })
 }

@@ -21,6 +21,8 @@ pub struct Status {
     pub ns_pgid: Vec<i32>,
     pub ns_sid: Vec<i32>,
     pub vm_rss_kb: u64,
+    /// Kilobytes locked by mlock(2).
+    pub vm_lck_kb: u64,
     pub sig_pending: u64,
     pub shared_pending: u64,
     pub sig_blocked: u64,
@@ -80,6 +82,7 @@ pub fn parse(text: &[u8]) -> Result<Status, ParseError> {
             b"NSpid" => s.ns_pid = list("NSpid", v)?,
             b"NSpgid" => s.ns_pgid = list("NSpgid", v)?,
             b"NSsid" => s.ns_sid = list("NSsid", v)?,
+            b"VmLck" => s.vm_lck_kb = num("VmLck", v.strip_suffix(b"kB").unwrap_or(v))?,
             b"VmRSS" => s.vm_rss_kb = num("VmRSS", v.strip_suffix(b"kB").unwrap_or(v))?,
             b"SigPnd" => s.sig_pending = hex("SigPnd", v)?,
             b"ShdPnd" => s.shared_pending = hex("ShdPnd", v)?,

@@ -65,132 +65,190 @@ pub fn empty(keep: (u64, u64), park: &Parking) -> std::io::Result<Batch> {
         );
     }
     let maps = maps::maps(std::process::id() as i32)?;
-    for m in maps.iter().filter(|m| m.name.starts_with(b"[v") && m.name != b"[vsyscall]") {
-        let name = String::from_utf8_lossy(&m.name).into_owned();
-        if let Some((_, off, len)) = park.special.iter().find(|s| s.0 == name) {
+    let special = maps.iter().filter(|m| m.name.starts_with(b"[v") && m.name != b"[vsyscall]");
+    let special: Vec<_> = special.map(|m| (String::from_utf8_lossy(&m.name).into_owned(), m.start)).collect();
+    empty_again(&mut b, keep, park, &special);
+    Ok(b)
+}
+
+/// Gives up everything but the pilots' range; the kernel's own mappings, which lie at these addresses, are parked.
+pub fn empty_again(b: &mut Batch, keep: (u64, u64), park: &Parking, special: &[(String, u64)]) {
+    for (name, start) in special {
+        if let Some((_, off, len)) = park.special.iter().find(|s| s.0 == *name) {
             // MREMAP_MAYMOVE | MREMAP_FIXED
             b.call_eq(
                 format!("park {name}"),
                 (park.at + off) as i64,
                 libc::SYS_mremap,
-                &[m.start, *len, *len, 3, park.at + off],
+                &[*start, *len, *len, 3, park.at + off],
             );
         }
     }
     let munmap = |b: &mut Batch, from: u64, to: u64| b.call("empty the address space", libc::SYS_munmap, &[from, to - from]);
-    munmap(&mut b, 0x1000, keep.0);
-    munmap(&mut b, keep.1, park.at);
-    munmap(&mut b, park.at + park.len, TASK_SIZE);
-    Ok(b)
+    munmap(b, 0x1000, keep.0);
+    munmap(b, keep.1, park.at);
+    munmap(b, park.at + park.len, TASK_SIZE);
 }
 
 /// Index of the descriptor a mapping maps, once all of a process's mapping descriptors were received as 0, 1, 2 ...
 pub type FdOf<'a> = &'a dyn Fn(&Vma) -> Option<u64>;
 
-/// Maps everything. Batches of at most `cap` records. `foreign`: what it gets in place of the kernel's own mappings.
-pub fn map(mm: &Mm, park: &Parking, foreign: Option<&Foreign>, fd_of: FdOf<'_>, exe_fd: u64, cap: usize) -> Vec<Batch> {
-    let mut out = vec![Batch::new()];
-    macro_rules! b {
-        () => {{
-            if out.last().is_some_and(|b| b.len() + 1 > cap) {
-                out.push(Batch::new());
-            }
-            out.last_mut().unwrap()
-        }};
+/// Batches that are cut when they are full.
+pub struct Batches {
+    list: Vec<Batch>,
+    cap: usize,
+}
+
+impl Batches {
+    /// None yet; each of at most `cap` records.
+    pub fn new(cap: usize) -> Self {
+        Batches {
+            list: vec![Batch::new()],
+            cap,
+        }
     }
-    let droppable = misc::droppable_works();
+
+    /// The one that has room for `n` more records.
+    pub fn room(&mut self, n: usize) -> &mut Batch {
+        if self.list.last().is_none_or(|b| b.len() + n > self.cap) {
+            self.list.push(Batch::new());
+        }
+        let last = self.list.len() - 1;
+        &mut self.list[last]
+    }
+
+    /// All of them.
+    pub fn into_vec(self) -> Vec<Batch> {
+        self.list
+    }
+}
+
+/// Maps one mapping, with its advice and name.
+pub fn map_one(out: &mut Batches, v: &Vma, fd_of: FdOf<'_>) {
+    let what = format!("map {:x}-{:x}", v.start, v.end);
+    let mut flags = libc::MAP_FIXED_NOREPLACE as u64;
+    let droppable = v.flags.droppable && misc::droppable_works();
+    flags |= if v.shared {
+        libc::MAP_SHARED as u64
+    } else if droppable {
+        MAP_DROPPABLE
+    } else {
+        libc::MAP_PRIVATE as u64
+    };
+    if v.flags.grows_down {
+        // Not MAP_STACK: it only forbids huge pages (VM_NOHUGEPAGE).
+        flags |= libc::MAP_GROWSDOWN as u64;
+    }
+    if v.flags.no_reserve {
+        flags |= libc::MAP_NORESERVE as u64;
+    }
+    let (fd, offset) = match &v.backing {
+        Backing::File { offset, .. } | Backing::Object { offset, .. } => (fd_of(v).unwrap_or(u64::MAX), *offset),
+        _ => {
+            flags |= libc::MAP_ANONYMOUS as u64;
+            (u64::MAX, 0)
+        }
+    };
+    let prot = v.prot as u64;
+    out.room(1).call_eq(
+        what,
+        v.start as i64,
+        libc::SYS_mmap,
+        &[v.start, v.end - v.start, prot, flags, fd, offset],
+    );
+    let f = &v.flags;
+    for (on, advice) in [
+        (f.dont_fork, libc::MADV_DONTFORK),
+        (f.wipe_on_fork && !droppable, libc::MADV_WIPEONFORK),
+        (f.dont_dump && !droppable, libc::MADV_DONTDUMP),
+        (f.sequential, libc::MADV_SEQUENTIAL),
+        (f.random, libc::MADV_RANDOM),
+        (f.mergeable, libc::MADV_MERGEABLE),
+        (f.huge, libc::MADV_HUGEPAGE),
+        (f.no_huge, libc::MADV_NOHUGEPAGE),
+    ] {
+        if on {
+            advise(out, v.start, v.end, advice);
+        }
+    }
+    if v.name.is_some() {
+        name(out, v.start, v.end, v.name.as_deref());
+    }
+}
+
+/// madvise(2).
+pub fn advise(out: &mut Batches, start: u64, end: u64, advice: i32) {
+    out.room(1).call(
+        format!("madvise {advice} on {start:#x}"),
+        libc::SYS_madvise,
+        &[start, end - start, advice as u64],
+    );
+}
+
+/// Names anonymous memory, or takes the name away.
+pub fn name(out: &mut Batches, start: u64, end: u64, name: Option<&str>) {
+    let b = out.room(1);
+    let at = name.map_or(0, |name| b.data(&[name.as_bytes(), b"\0"].concat()));
+    b.try_call("name a mapping", libc::SYS_prctl, &[PR_SET_VMA, 0, start, end - start, at]);
+}
+
+/// mprotect(2), or pkey_mprotect(2) where a key is given: without the cpu's keys the latter fails even with key 0.
+pub fn protect(out: &mut Batches, start: u64, end: u64, prot: u8, pkey: Option<u8>) {
+    let Some(pkey) = pkey else {
+        let args = [start, end - start, prot as u64];
+        out.room(1).call(format!("mprotect {start:#x}"), libc::SYS_mprotect, &args);
+        return;
+    };
+    let args = [start, end - start, prot as u64, pkey as u64];
+    out.room(1)
+        .call(format!("pkey_mprotect {start:#x}"), libc::SYS_pkey_mprotect, &args);
+}
+
+/// Maps everything into an emptied address space. Batches of at most `cap` records. `foreign`: what it gets in place of the kernel's own mappings.
+pub fn map(mm: &Mm, park: &Parking, foreign: Option<&Foreign>, fd_of: FdOf<'_>, cap: usize) -> Batches {
+    let mut out = Batches::new(cap);
     for (what, ret, nr, args) in foreign.iter().flat_map(|f| f.calls(park)) {
-        b!().call_eq(what, ret, nr, &args);
+        out.room(1).call_eq(what, ret, nr, &args);
     }
     if let Some(f) = foreign {
-        let b = b!();
+        let b = out.room(1);
         let name = b.data(vdso::NAME);
         b.try_call("name the vdso of another kernel", libc::SYS_prctl, &f.name_args(name));
     }
     for v in &mm.vmas {
-        if let Backing::Special(name) = &v.backing {
-            if foreign.is_none()
-                && let Some((_, off, len)) = park.special.iter().find(|s| s.0 == *name)
-            {
-                let args = [park.at + off, *len, *len, 3, v.start];
-                b!().call_eq(format!("move {name} to {:#x}", v.start), v.start as i64, libc::SYS_mremap, &args);
-            }
+        let Backing::Special(name) = &v.backing else {
+            map_one(&mut out, v, fd_of);
             continue;
-        }
-        let what = format!("map {:x}-{:x}", v.start, v.end);
-        let mut flags = libc::MAP_FIXED_NOREPLACE as u64;
-        flags |= if v.shared {
-            libc::MAP_SHARED as u64
-        } else if v.flags.droppable && droppable {
-            MAP_DROPPABLE
-        } else {
-            libc::MAP_PRIVATE as u64
         };
-        if v.flags.grows_down {
-            // Not MAP_STACK: it only forbids huge pages (VM_NOHUGEPAGE).
-            flags |= libc::MAP_GROWSDOWN as u64;
-        }
-        if v.flags.no_reserve {
-            flags |= libc::MAP_NORESERVE as u64;
-        }
-        let (fd, offset) = match &v.backing {
-            Backing::File { offset, .. } | Backing::Object { offset, .. } => (fd_of(v).unwrap_or(u64::MAX), *offset),
-            _ => {
-                flags |= libc::MAP_ANONYMOUS as u64;
-                (u64::MAX, 0)
-            }
-        };
-        let prot = v.prot as u64;
-        b!().call_eq(
-            what,
-            v.start as i64,
-            libc::SYS_mmap,
-            &[v.start, v.end - v.start, prot, flags, fd, offset],
-        );
-        let f = &v.flags;
-        for (on, advice) in [
-            (f.dont_fork, libc::MADV_DONTFORK),
-            (f.wipe_on_fork && !(f.droppable && droppable), libc::MADV_WIPEONFORK),
-            (f.dont_dump && !(f.droppable && droppable), libc::MADV_DONTDUMP),
-            (f.sequential, libc::MADV_SEQUENTIAL),
-            (f.random, libc::MADV_RANDOM),
-            (f.mergeable, libc::MADV_MERGEABLE),
-            (f.huge, libc::MADV_HUGEPAGE),
-            (f.no_huge, libc::MADV_NOHUGEPAGE),
-        ] {
-            if on {
-                b!().call(
-                    format!("madvise {advice} on {:#x}", v.start),
-                    libc::SYS_madvise,
-                    &[v.start, v.end - v.start, advice as u64],
-                );
-            }
-        }
-        if let Some(name) = &v.name {
-            let b = b!();
-            let mut z = name.clone().into_bytes();
-            z.push(0);
-            let at = b.data(&z);
-            b.try_call("name a mapping", libc::SYS_prctl, &[PR_SET_VMA, 0, v.start, v.end - v.start, at]);
+        if foreign.is_none()
+            && let Some((_, off, len)) = park.special.iter().find(|s| s.0 == *name)
+        {
+            let args = [park.at + off, *len, *len, 3, v.start];
+            out.room(1)
+                .call_eq(format!("move {name} to {:#x}", v.start), v.start as i64, libc::SYS_mremap, &args);
         }
     }
     // Protection keys: the kernel hands out the lowest free one.
     let highest = (1..16).rev().find(|k| mm.pkeys >> k & 1 != 0).unwrap_or(0);
     for key in 1..=highest {
-        b!().call_eq("allocate a protection key", key as i64, libc::SYS_pkey_alloc, &[0, 0]);
+        out.room(1)
+            .call_eq("allocate a protection key", key as i64, libc::SYS_pkey_alloc, &[0, 0]);
     }
     for v in mm.vmas.iter().filter(|v| v.pkey != 0) {
-        let args = [v.start, v.end - v.start, v.prot as u64, v.pkey as u64];
-        b!().call(format!("pkey_mprotect {:#x}", v.start), libc::SYS_pkey_mprotect, &args);
+        protect(&mut out, v.start, v.end, v.prot, Some(v.pkey));
     }
     for key in (1..highest).filter(|k| mm.pkeys >> k & 1 == 0) {
-        b!().call("free a protection key", libc::SYS_pkey_free, &[key as u64]);
+        out.room(1).call("free a protection key", libc::SYS_pkey_free, &[key as u64]);
     }
-    if out.last().is_some_and(|b| b.len() + 4 > cap) {
-        out.push(Batch::new());
-    }
-    let b = out.last_mut().unwrap();
-    b.call("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
+    out.room(1)
+        .call("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
+    out
+}
+
+/// PR_SET_MM_MAP: heap, arguments, environment, auxv, and the executable unless it is u64::MAX. The structure holds an address of the data: use
+/// [`resolve_auxv`] on the batch before it runs; nothing else may add data to it.
+pub fn layout(mm: &Mm, exe_fd: u64) -> Batch {
+    let mut b = Batch::new();
     let l = &mm.layout;
     let auxv = b.data(&mm.auxv);
     let mut s = Vec::with_capacity(104);
@@ -214,10 +272,7 @@ pub fn map(mm: &Mm, park: &Parking, foreign: Option<&Foreign>, fd_of: FdOf<'_>, 
     s.extend_from_slice(&(exe_fd as u32).to_le_bytes());
     let m = b.data(&s);
     b.call("PR_SET_MM_MAP", libc::SYS_prctl, &[PR_SET_MM, PR_SET_MM_MAP, m, 104, 0]);
-    if mm.thp_disable {
-        b.call("PR_SET_THP_DISABLE", libc::SYS_prctl, &[PR_SET_THP_DISABLE, 1, 0, 0, 0]);
-    }
-    out
+    b
 }
 
 /// PR_SET_MM_MAP's struct holds the address of the auxv: resolves the token in it for a slot.
@@ -239,6 +294,9 @@ pub fn after_pages(mm: &Mm, guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
         }
         out.last_mut().unwrap().call(what, nr, args);
     };
+    if mm.thp_disable {
+        push("PR_SET_THP_DISABLE", libc::SYS_prctl, &[PR_SET_THP_DISABLE, 1, 0, 0, 0]);
+    }
     for (a, e) in guards {
         push("install a guard region", libc::SYS_madvise, &[*a, e - a, MADV_GUARD_INSTALL]);
     }

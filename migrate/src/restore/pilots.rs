@@ -176,6 +176,8 @@ pub struct Pilots {
     region: Region,
     slots: Vec<Slot>,
     pids: Vec<i32>,
+    /// Free slots: of leaders, of other threads.
+    free: [Vec<usize>; 2],
     patience: Duration,
 }
 
@@ -185,19 +187,17 @@ impl Pilots {
         2 * PAGE + leaders * Slot::size(LEADER.0, LEADER.1) + threads * Slot::size(THREAD.0, THREAD.1)
     }
 
-    /// Maps everything at `base`. `word` is the file with the decision page. `tasks`: (id for messages, is a leader), in slot order.
-    pub fn create(base: u64, word: &File, tasks: &[(i32, bool)]) -> io::Result<Pilots> {
-        let leaders = tasks.iter().filter(|t| t.1).count();
-        let len = Self::space(leaders, tasks.len() - leaders) - PAGE;
+    /// Maps everything at `base`, with this many slots for leaders and for other threads. `word` is the file with the decision page.
+    pub fn create(base: u64, word: &File, leaders: usize, threads: usize) -> io::Result<Pilots> {
+        let len = Self::space(leaders, threads) - PAGE;
         let word = Region::map_fixed(word, PAGE, base)?;
         let region = Region::create(NAME, len, base + PAGE as u64)?;
         region.write(CODE, pilot::code());
         region.write(INTERVAL, &[&0u64.to_le_bytes()[..], &50_000_000u64.to_le_bytes()].concat());
         let mut at = PAGE;
-        let slots: Vec<Slot> = tasks
-            .iter()
-            .map(|&(_, leader)| {
-                let (records, data) = if leader { LEADER } else { THREAD };
+        let kinds = std::iter::repeat_n(LEADER, leaders).chain(std::iter::repeat_n(THREAD, threads));
+        let slots: Vec<Slot> = kinds
+            .map(|(records, data)| {
                 let s = Slot {
                     at,
                     records,
@@ -212,10 +212,24 @@ impl Pilots {
         Ok(Pilots {
             word,
             region,
+            pids: vec![0; slots.len()],
             slots,
-            pids: tasks.iter().map(|t| t.0).collect(),
+            free: [(0..leaders).rev().collect(), (leaders..leaders + threads).rev().collect()],
             patience: Duration::from_secs(30),
         })
+    }
+
+    /// A free slot for a task, by its id in the tree.
+    pub fn take(&mut self, id: i32, leader: bool) -> io::Result<usize> {
+        let slot = self.free[usize::from(!leader)].pop().ok_or(io::ErrorKind::OutOfMemory)?;
+        self.pids[slot] = id;
+        Ok(slot)
+    }
+
+    /// Gives back the slot of a task that has ended.
+    pub fn give_back(&mut self, slot: usize) {
+        let leader = self.slots[slot].records == LEADER.0;
+        self.free[usize::from(!leader)].push(slot);
     }
 
     /// The whole mapping, to keep or to unmap.

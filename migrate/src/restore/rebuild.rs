@@ -7,18 +7,21 @@ use super::{
     fds, mm,
     pilots::{Batch, PilotError, Pilots},
     plan::{self, Step},
+    shape,
     sink::Sink,
     task, vdso,
 };
 use crate::{
     arch::{self, inject_stub, pilot},
-    image::{Backing, Kind, Tree, Vma},
+    dump::pages::OBJECT_SPACE,
+    image::{Backing, FileId, Kind, Mm, Process, Tree, Vdso, Vma},
     procfs::{self, maps, stat, status},
     sys::{mem::Mem, misc, ptrace},
     tracer::wait_stop_once,
 };
+use serde::{Deserialize, Serialize};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet, hash_map::Entry},
     fs::File,
     io::{self, Write},
     os::fd::{AsRawFd, OwnedFd, RawFd},
@@ -48,52 +51,86 @@ pub fn pids_free(tree: &Tree) -> bool {
 /// A copy being built. Dropping it before the release ends all of it.
 #[derive(Debug)]
 pub struct Rebuild {
-    tree: Tree,
-    pilots: Pilots,
+    pub(super) tree: Tree,
+    /// Names of the tree's address spaces and of its objects in page runs.
+    pub(super) names: Names,
+    pub(super) pilots: Pilots,
     /// Slots of each process's threads, leader first.
-    slots: Vec<Vec<usize>>,
+    pub(super) slots: Vec<Vec<usize>>,
     /// Agent-side pid of each process.
-    pids: Vec<i32>,
+    pub(super) pids: Vec<i32>,
     socket: OwnedFd,
     /// The socket's number inside the tree.
-    socket_number: u64,
+    pub(super) socket_number: u64,
     /// One per object of the tree.
-    objects: Vec<OwnedFd>,
-    park: mm::Parking,
+    pub(super) objects: Vec<OwnedFd>,
+    /// Address spaces and objects that pages were written to, by name: what else is there is fresh, and zero.
+    pub(super) written: HashSet<u32>,
+    pub(super) park: mm::Parking,
     /// Where this kernel's own mappings go in a process that comes with another kernel's vdso.
     vdso_at: u64,
     released: bool,
     init: Option<i32>,
     /// The fresh mount namespace, for the root to enter.
     mount_namespace: Option<File>,
-    fresh: bool,
+    pub(super) fresh: bool,
     /// The freeze was just now, so written files are exactly as it left them.
     fresh_files: bool,
+}
+
+/// What the address spaces and objects of a tree are called in page runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Names {
+    /// Name of each address space.
+    pub spaces: Vec<u32>,
+    /// Name of each object, from [`OBJECT_SPACE`] up.
+    pub objects: Vec<u32>,
+}
+
+impl Names {
+    /// Called by their indices: when a tree is sent only once.
+    pub fn plain(tree: &Tree) -> Names {
+        Names {
+            spaces: (0..tree.mms.len() as u32).collect(),
+            objects: (0..tree.objects.len() as u32).map(|o| OBJECT_SPACE + o).collect(),
+        }
+    }
+
+    /// Whether they fit a tree, each different.
+    pub fn fit(&self, tree: &Tree) -> bool {
+        let distinct = |v: &[u32]| v.iter().collect::<HashSet<_>>().len() == v.len();
+        let counts = self.spaces.len() == tree.mms.len() && self.objects.len() == tree.objects.len();
+        let kinds = self.spaces.iter().all(|s| *s < OBJECT_SPACE) && self.objects.iter().all(|o| *o >= OBJECT_SPACE);
+        counts && kinds && distinct(&self.spaces) && distinct(&self.objects)
+    }
+
+    /// The tree with its names.
+    pub fn of<'a>(&'a self, tree: &'a Tree) -> shape::Named<'a> {
+        shape::Named {
+            tree,
+            spaces: &self.spaces,
+            objects: &self.objects,
+        }
+    }
 }
 
 impl Rebuild {
     /// Processes and mappings, empty and waiting. `word` holds the decision page; `fresh_files`: the freeze was just now, so written files
     /// must be exactly as it left them.
-    pub fn skeleton(tree: Tree, word: &File, pids: Pids, fresh_files: bool) -> Result<Rebuild, PilotError> {
+    pub fn skeleton(tree: Tree, names: Names, word: &File, pids: Pids, fresh_files: bool) -> Result<Rebuild, PilotError> {
+        if !names.fit(&tree) {
+            return Err(PilotError::agent("name the address spaces")(io::ErrorKind::InvalidData.into()));
+        }
         for m in &tree.mms {
             mm::validate(m)?;
         }
         let steps = plan::sessions(&tree.processes).map_err(|e| PilotError::agent("plan the sessions")(io::Error::other(e)))?;
         let objects = fds::create_objects(&tree.objects).map_err(|e| PilotError::agent("create shared memory")(io::Error::other(e)))?;
-        // Slots: every process's leader, then its other threads.
-        let mut tasks = Vec::new();
-        let mut slots = Vec::new();
-        for p in &tree.processes {
-            let mut s = vec![tasks.len()];
-            tasks.push((p.pid, true));
-            for t in p.threads.iter().skip(1) {
-                s.push(tasks.len());
-                tasks.push((t.tid, false));
-            }
-            slots.push(s);
-        }
-        let leaders = tree.processes.len();
-        let space = Pilots::space(leaders, tasks.len() - leaders) as u64;
+        // Room for processes and threads to come while the original runs on; memory is taken only when a slot is used.
+        let count = tree.processes.len();
+        let threads = tree.processes.iter().map(|p| p.threads.len().saturating_sub(1)).sum::<usize>();
+        let (leaders, others) = (count * 2 + 64, threads * 2 + 256);
+        let space = Pilots::space(leaders, others) as u64;
         let (mut park, mut used) = mm::parking(0).map_err(PilotError::agent("read own mappings"))?;
         used.extend(tree.mms.iter().flat_map(|m| m.vmas.iter().map(|v| (v.start, v.end))));
         const GAP: u64 = 2 << 20;
@@ -102,7 +139,11 @@ impl Rebuild {
         let base = plan::free_range(&used, total)
             .ok_or_else(|| PilotError::agent("find free addresses for the pilots")(io::ErrorKind::OutOfMemory.into()))?;
         park.at = base + behind;
-        let pilots = Pilots::create(base, word, &tasks).map_err(PilotError::agent("map the pilots' region"))?;
+        let mut pilots = Pilots::create(base, word, leaders, others).map_err(PilotError::agent("map the pilots' region"))?;
+        let mut slots = Vec::with_capacity(count);
+        for p in &tree.processes {
+            slots.push(Self::slots_for(&mut pilots, p)?);
+        }
         let (ours, theirs) = nix::sys::socket::socketpair(
             nix::sys::socket::AddressFamily::Unix,
             nix::sys::socket::SockType::Datagram,
@@ -123,6 +164,8 @@ impl Rebuild {
         let mut r = Rebuild {
             pids: vec![0; tree.processes.len()],
             tree,
+            names,
+            written: HashSet::new(),
             pilots,
             slots,
             socket: ours,
@@ -139,13 +182,23 @@ impl Rebuild {
         r.root(theirs)?;
         r.descend(0, &steps)?;
         r.locate()?;
-        r.groups()?;
+        r.groups(&[])?;
         for i in 0..r.tree.processes.len() {
             if r.tree.processes[i].zombie.is_none() {
                 r.map(i)?;
             }
         }
         Ok(r)
+    }
+
+    /// A slot for each task of a process, leader first.
+    pub(super) fn slots_for(pilots: &mut Pilots, p: &Process) -> Result<Vec<usize>, PilotError> {
+        let mut slot = |id, leader| pilots.take(id, leader).map_err(PilotError::agent("find room for one more task"));
+        let mut list = vec![slot(p.pid, true)?];
+        for t in p.threads.iter().skip(1) {
+            list.push(slot(t.tid, false)?);
+        }
+        Ok(list)
     }
 
     fn root(&mut self, socket: OwnedFd) -> Result<(), PilotError> {
@@ -257,7 +310,7 @@ impl Rebuild {
     }
 
     /// Adds a clone3 with a chosen id to a batch of `slot`; the child goes on as a pilot with this control block.
-    fn clone_call(&self, b: &mut Batch, slot: usize, what: String, id: i32, [flags, exit_signal]: [u64; 2], control: u64) {
+    pub(super) fn clone_call(&self, b: &mut Batch, slot: usize, what: String, id: i32, [flags, exit_signal]: [u64; 2], control: u64) {
         let set_tid = b.data(&id.to_le_bytes());
         let set_tid = self.pilots.address_of(slot, set_tid);
         let args: Vec<u8> = [flags, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0]
@@ -269,7 +322,7 @@ impl Rebuild {
     }
 
     /// Finds the agent-side pid of every process.
-    fn locate(&mut self) -> Result<(), PilotError> {
+    pub(super) fn locate(&mut self) -> Result<(), PilotError> {
         if !self.fresh {
             for (pid, p) in self.pids.iter_mut().zip(&self.tree.processes) {
                 *pid = p.pid;
@@ -284,7 +337,10 @@ impl Rebuild {
             Ok(map)
         };
         let map = find().map_err(PilotError::agent("find the copy's processes"))?;
-        for (pid, p) in self.pids.iter_mut().zip(&self.tree.processes) {
+        for ((pid, p), slots) in self.pids.iter_mut().zip(&self.tree.processes).zip(&self.slots) {
+            if slots.is_empty() {
+                continue; // not made yet
+            }
             *pid = *map
                 .get(&p.pid)
                 .ok_or_else(|| PilotError::agent(format!("find process {}", p.pid))(io::ErrorKind::NotFound.into()))?;
@@ -292,16 +348,18 @@ impl Rebuild {
         Ok(())
     }
 
-    /// Process groups: leaders first. A group whose leader is outside the tree becomes the root's own.
-    fn groups(&mut self) -> Result<(), PilotError> {
-        let pids: std::collections::HashSet<i32> = self.tree.processes.iter().map(|p| p.pid).collect();
+    /// Process groups: leaders first. A group whose leader is outside the tree becomes the root's own. `former`: the group that each process
+    /// is in already.
+    pub(super) fn groups(&mut self, former: &[Option<i32>]) -> Result<(), PilotError> {
+        let pids: HashSet<i32> = self.tree.processes.iter().map(|p| p.pid).collect();
         let root = self.tree.processes[0].pid;
         let target = |pgid: i32| if pids.contains(&pgid) { pgid } else { root };
         for leaders in [true, false] {
             for i in 0..self.tree.processes.len() {
                 let p = &self.tree.processes[i];
                 let group = target(p.pgid);
-                if (group == p.pid) != leaders || p.sid == p.pid {
+                let there = former.get(i).copied().flatten().is_some_and(|f| target(f) == group);
+                if (group == p.pid) != leaders || p.sid == p.pid || there {
                     continue;
                 }
                 let mut b = Batch::new();
@@ -313,7 +371,7 @@ impl Rebuild {
     }
 
     /// Sends descriptors to a process, where they become 0, 1, 2 ...; nothing but the socket may be open there.
-    fn give(&mut self, i: usize, fds: &[RawFd]) -> Result<(), PilotError> {
+    pub(super) fn give(&mut self, i: usize, fds: &[RawFd]) -> Result<(), PilotError> {
         use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
         let slot = self.slots[i][0];
         let k = self.socket_number;
@@ -351,18 +409,51 @@ impl Rebuild {
         Ok(())
     }
 
-    fn map(&mut self, i: usize) -> Result<(), PilotError> {
+    /// Maps everything into an emptied process.
+    pub(super) fn map(&mut self, i: usize) -> Result<(), PilotError> {
         let mm = self.tree.mms[self.tree.processes[i].mm as usize].clone();
+        let needed: Vec<&Vma> = mm.vmas.iter().collect();
+        let mut given = self.give_mapped(i, &needed, Some(&mm.exe))?;
+        let slot = self.slots[i][0];
+        let (records, _) = self.pilots.capacity(slot);
+        let foreign = vdso::foreign(&mm, &self.tree.vdsos, &self.park, self.vdso_at)
+            .map_err(|e| PilotError::agent("replace the vdso of another kernel")(io::Error::other(e)))?;
+        for b in &mm::map(&mm, &self.park, foreign.as_ref(), &|v| given.number(v), records - 8).into_vec() {
+            self.pilots.run(slot, b)?;
+        }
+        if let Some(f) = foreign {
+            f.write(self.pids[i])
+                .map_err(PilotError::agent("write the vdso of another kernel"))?;
+        }
+        let mut b = mm::layout(&mm, given.exe.take().unwrap_or(u64::MAX));
+        mm::resolve_auxv(&mut b, &self.pilots, slot, mm.auxv.len());
+        b.call("close mapping descriptors", libc::SYS_close_range, &[0, self.socket_number - 1, 0]);
+        self.pilots.run(slot, &b).map(drop)
+    }
+
+    /// Where the kernel's own mappings are in a process that was mapped like this.
+    pub(super) fn special(&self, mm: &Mm, vdsos: &[Vdso]) -> Result<Vec<(String, u64)>, PilotError> {
+        if vdso::is_foreign(mm, vdsos).map_err(PilotError::agent("read own mappings"))? {
+            let all = self.park.special.iter();
+            return Ok(all.map(|(name, off, _)| (name.clone(), self.vdso_at + off)).collect());
+        }
+        let each = mm.vmas.iter().filter_map(|v| match &v.backing {
+            Backing::Special(name) => Some((name.clone(), v.start)),
+            _ => None,
+        });
+        Ok(each.collect())
+    }
+
+    /// Gives a process the descriptors that these mappings need, and its executable, as 0, 1, 2 ...
+    pub(super) fn give_mapped(&mut self, i: usize, vmas: &[&Vma], exe: Option<&FileId>) -> Result<Given, PilotError> {
         let mut files: Vec<File> = Vec::new();
         let mut raw: Vec<RawFd> = Vec::new();
-        let mut index: HashMap<(Vec<u8>, bool), u64> = HashMap::new();
-        let mut objects: HashMap<u32, u64> = HashMap::new();
-        for v in &mm.vmas {
+        let mut given = Given::default();
+        for v in vmas {
             match &v.backing {
                 Backing::File { file, writable, .. } => {
                     let write = *writable && v.shared;
-                    let key = (file.path.clone(), write);
-                    if let std::collections::hash_map::Entry::Vacant(slot) = index.entry(key) {
+                    if let Entry::Vacant(slot) = given.files.entry((file.path.clone(), write)) {
                         let f = mm::open_mapped(file, write, self.fresh_files)
                             .map_err(|e| PilotError::agent("open a mapped file")(io::Error::other(e)))?;
                         slot.insert(raw.len() as u64);
@@ -375,7 +466,7 @@ impl Rebuild {
                         .objects
                         .get(*object as usize)
                         .ok_or_else(|| PilotError::agent("map an object")(io::ErrorKind::InvalidData.into()))?;
-                    objects.entry(*object).or_insert_with(|| {
+                    given.objects.entry(*object).or_insert_with(|| {
                         raw.push(fd.as_raw_fd());
                         raw.len() as u64 - 1
                     });
@@ -383,41 +474,27 @@ impl Rebuild {
                 _ => {}
             }
         }
-        let exe = mm::open_mapped(&mm.exe, false, true).map_err(|e| PilotError::agent("open the executable")(io::Error::other(e)))?;
-        let exe_fd = raw.len() as u64;
-        raw.push(exe.as_raw_fd());
+        if let Some(exe) = exe {
+            let f = mm::open_mapped(exe, false, true).map_err(|e| PilotError::agent("open the executable")(io::Error::other(e)))?;
+            given.exe = Some(raw.len() as u64);
+            raw.push(f.as_raw_fd());
+            files.push(f);
+        }
         self.give(i, &raw)?;
-        let fd_of = |v: &Vma| match &v.backing {
-            Backing::File { file, writable, .. } => index.get(&(file.path.clone(), *writable && v.shared)).copied(),
-            Backing::Object { object, .. } => objects.get(object).copied(),
-            _ => None,
-        };
-        let slot = self.slots[i][0];
-        let (records, _) = self.pilots.capacity(slot);
-        let foreign = vdso::foreign(&mm, &self.tree.vdsos, &self.park, self.vdso_at)
-            .map_err(|e| PilotError::agent("replace the vdso of another kernel")(io::Error::other(e)))?;
-        let mut batches = mm::map(&mm, &self.park, foreign.as_ref(), &fd_of, exe_fd, records - 8);
-        if let Some(last) = batches.last_mut() {
-            mm::resolve_auxv(last, &self.pilots, slot, mm.auxv.len());
-            last.call("close mapping descriptors", libc::SYS_close_range, &[0, self.socket_number - 1, 0]);
-        }
-        for b in &batches {
-            self.pilots.run(slot, b)?;
-        }
-        match foreign {
-            Some(f) => f.write(self.pids[i]).map_err(PilotError::agent("write the vdso of another kernel")),
-            None => Ok(()),
-        }
+        Ok(given)
     }
 
     /// Where pages go. Usable from other threads until [`Rebuild::complete`].
-    pub fn sink(&self) -> io::Result<Sink> {
+    pub fn sink(&mut self) -> io::Result<Sink> {
         let mut sink = Sink::default();
         for (p, pid) in self.tree.processes.iter().zip(&self.pids).filter(|(p, _)| p.zombie.is_none()) {
-            sink.add_process(p.mm, *pid, &self.tree.mms[p.mm as usize])?;
+            let space = self.names.spaces[p.mm as usize];
+            let fresh = self.written.insert(space);
+            sink.add_process(space, *pid, &self.tree.mms[p.mm as usize], fresh)?;
         }
-        for (i, (o, fd)) in self.tree.objects.iter().zip(&self.objects).enumerate() {
-            sink.add_object(i as u32, fd.try_clone()?, o.size);
+        for ((o, fd), name) in self.tree.objects.iter().zip(&self.objects).zip(&self.names.objects) {
+            let fresh = self.written.insert(*name);
+            sink.add_object(*name, fd.try_clone()?, o.size, fresh);
         }
         Ok(sink)
     }
@@ -462,6 +539,10 @@ impl Rebuild {
             let slot = self.slots[i][0];
             let (records, _) = self.pilots.capacity(slot);
             let mm = &tree.mms[p.mm as usize];
+            // The break may have moved since the skeleton was built.
+            let mut b = mm::layout(mm, u64::MAX);
+            mm::resolve_auxv(&mut b, &self.pilots, slot, mm.auxv.len());
+            self.pilots.run(slot, &b)?;
             let none = Vec::new();
             for b in mm::after_pages(mm, guards.get(p.mm as usize).unwrap_or(&none), records - 8) {
                 self.pilots.run(slot, &b)?;
@@ -572,7 +653,7 @@ impl Rebuild {
                 );
             }
         }
-        let wanted: std::collections::HashSet<i32> = p.fds.iter().map(|f| f.fd).collect();
+        let wanted: HashSet<i32> = p.fds.iter().map(|f| f.fd).collect();
         for k in (0..p.fds.len() as i32).filter(|k| !wanted.contains(k)) {
             push("close", libc::SYS_close, &[k as u64]);
         }
@@ -628,21 +709,26 @@ impl Rebuild {
 
     fn threads(&mut self, i: usize) -> Result<(), PilotError> {
         let p = &self.tree.processes[i];
-        let leader = self.slots[i][0];
-        let others: Vec<(usize, i32)> = self.slots[i]
+        let others = self.slots[i]
             .iter()
             .copied()
             .zip(&p.threads)
             .skip(1)
             .map(|(s, t)| (s, t.tid))
             .collect();
+        self.make_threads(i, others)
+    }
+
+    /// Makes these threads of process `i`: (slot, id).
+    pub(super) fn make_threads(&mut self, i: usize, others: Vec<(usize, i32)>) -> Result<(), PilotError> {
+        let leader = self.slots[i][0];
+        let ppid = self.tree.processes[i].parent.map_or_else(
+            || if self.fresh { 0 } else { std::process::id() as i32 },
+            |parent| self.tree.processes[parent as usize].pid,
+        );
         for group in others.chunks(500) {
             let mut b = Batch::new();
             for &(slot, tid) in group {
-                let ppid = p.parent.map_or_else(
-                    || if self.fresh { 0 } else { std::process::id() as i32 },
-                    |parent| self.tree.processes[parent as usize].pid,
-                );
                 let control = self.pilots.control(slot, ppid);
                 self.clone_call(
                     &mut b,
@@ -740,6 +826,25 @@ impl Rebuild {
             }
         }
         left
+    }
+}
+
+/// Descriptors that a process was given to map.
+#[derive(Debug, Default)]
+pub(super) struct Given {
+    files: HashMap<(Vec<u8>, bool), u64>,
+    objects: HashMap<u32, u64>,
+    exe: Option<u64>,
+}
+
+impl Given {
+    /// The number of the descriptor behind a mapping.
+    pub fn number(&self, v: &Vma) -> Option<u64> {
+        match &v.backing {
+            Backing::File { file, writable, .. } => self.files.get(&(file.path.clone(), *writable && v.shared)).copied(),
+            Backing::Object { object, .. } => self.objects.get(object).copied(),
+            _ => None,
+        }
     }
 }
 

@@ -1,9 +1,12 @@
 //! Where arriving pages go: straight into the memory of the copy's processes, or into shared objects.
 
 use crate::{
-    dump::pages::OBJECT_SPACE,
-    image::{Backing, Mm, PAGE},
-    sys::mem::{self, Mem},
+    image::{Mm, PAGE},
+    sys::{
+        mem::{self, Mem},
+        pagemap::Pagemap,
+    },
+    track,
 };
 use migrate_transport::{PageFrame, Run};
 use std::{
@@ -17,25 +20,43 @@ use std::{
 struct Space {
     pid: i32,
     mem: Mem,
-    /// (start, end, writable by the process itself), ascending.
-    ranges: Vec<(u64, u64, bool)>,
+    ranges: Vec<Area>,
+    /// Nothing was written here before: anonymous memory is zero.
+    fresh: bool,
+    pagemap: Pagemap,
+}
+
+#[derive(Debug)]
+struct Area {
+    start: u64,
+    end: u64,
+    /// By the process itself.
+    writable: bool,
+    /// An untouched page shows a file, not zeros.
+    over_file: bool,
 }
 
 /// Writes page frames. Every run has to lie inside one mapping that may hold private pages, or inside an object.
 #[derive(Debug, Default)]
 pub struct Sink {
     spaces: HashMap<u32, Space>,
-    objects: HashMap<u32, (File, u64)>,
+    /// Descriptor, bytes, nothing written before.
+    objects: HashMap<u32, (File, u64, bool)>,
 }
 
 impl Sink {
-    /// Adds a process's address space.
-    pub fn add_process(&mut self, space: u32, pid: i32, mm: &Mm) -> io::Result<()> {
+    /// Adds a process's address space. `fresh`: nothing was written to it before.
+    pub fn add_process(&mut self, space: u32, pid: i32, mm: &Mm, fresh: bool) -> io::Result<()> {
         let ranges = mm
             .vmas
             .iter()
-            .filter(|v| !v.shared && !matches!(v.backing, Backing::Special(_)))
-            .map(|v| (v.start, v.end, v.prot & 2 != 0 && v.pkey == 0))
+            .filter(|v| track::has_private_pages(v))
+            .map(|v| Area {
+                start: v.start,
+                end: v.end,
+                writable: v.prot & 2 != 0 && v.pkey == 0,
+                over_file: track::over_file(v),
+            })
             .collect();
         self.spaces.insert(
             space,
@@ -43,14 +64,16 @@ impl Sink {
                 pid,
                 mem: Mem::open(pid)?,
                 ranges,
+                fresh,
+                pagemap: Pagemap::open(pid)?,
             },
         );
         Ok(())
     }
 
-    /// Adds an object.
-    pub fn add_object(&mut self, index: u32, fd: OwnedFd, size: u64) {
-        self.objects.insert(OBJECT_SPACE + index, (File::from(fd), size));
+    /// Adds an object by its name. `fresh`: nothing was written to it before.
+    pub fn add_object(&mut self, name: u32, fd: OwnedFd, size: u64, fresh: bool) {
+        self.objects.insert(name, (File::from(fd), size, fresh));
     }
 
     /// Writes one frame; returns (pages with content, zero pages).
@@ -61,24 +84,67 @@ impl Sink {
             at: 0,
         };
         let (mut pages, mut zeros) = (0, 0);
+        // Runs of one process that it may write itself are written together: pages dirtied at random are runs of one page.
+        let mut together = Together::default();
         for run in &frame.runs {
             if run.zero {
                 zeros += run.pages as u64;
-                // Fresh memory and fresh objects are zero. A later round that clears a page punches it out.
-                self.check(run)?;
+                self.zero(run)?;
                 continue;
             }
             pages += run.pages as u64;
             let len = run.pages as usize * PAGE as usize;
             let slices = data.take(len)?;
-            self.write_run(run, &slices)?;
+            match self.direct(run)? {
+                Some(pid) => {
+                    if !together.fits(pid, slices.len()) {
+                        together.write()?;
+                    }
+                    together.add(pid, run, slices);
+                }
+                None => self.write_run(run, &slices)?,
+            }
         }
+        together.write()?;
         Ok((pages, zeros))
+    }
+
+    /// The process, when the run lies in its private memory and it may write there.
+    fn direct(&self, run: &Run) -> io::Result<Option<i32>> {
+        if self.objects.contains_key(&run.space) {
+            return Ok(None);
+        }
+        let (space, area) = self.range(run)?;
+        Ok(area.writable.then_some(space.pid))
+    }
+
+    /// Zero pages. Fresh anonymous memory is zero already; over a file zeros are content like any other.
+    fn zero(&self, run: &Run) -> io::Result<()> {
+        let end = run.start + run.len();
+        if let Some((file, size, fresh)) = self.objects.get(&run.space) {
+            self.check(run)?;
+            if !fresh && run.start < *size {
+                use nix::fcntl::{FallocateFlags, fallocate};
+                let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                fallocate(file, flags, run.start as i64, (end.min(*size) - run.start) as i64)?;
+            }
+            return Ok(());
+        }
+        let (space, area) = self.range(run)?;
+        if area.over_file {
+            return zero_out(space, run.start, end);
+        }
+        if space.fresh {
+            return Ok(());
+        }
+        let mut there = Vec::new();
+        space.pagemap.populated(run.start, end, &mut there)?;
+        there.iter().try_for_each(|r| zero_out(space, r.start, r.end))
     }
 
     fn check(&self, run: &Run) -> io::Result<()> {
         let end = run.start + run.pages as u64 * PAGE;
-        if let Some((_, size)) = self.objects.get(&run.space) {
+        if let Some((_, size, _)) = self.objects.get(&run.space) {
             return if end <= size.next_multiple_of(PAGE) {
                 Ok(())
             } else {
@@ -88,18 +154,18 @@ impl Sink {
         self.range(run).map(drop)
     }
 
-    fn range(&self, run: &Run) -> io::Result<(&Space, bool)> {
+    fn range(&self, run: &Run) -> io::Result<(&Space, &Area)> {
         let space = self.spaces.get(&run.space).ok_or_else(|| outside(run))?;
         let end = run.start + run.pages as u64 * PAGE;
-        let i = space.ranges.partition_point(|r| r.1 <= run.start);
+        let i = space.ranges.partition_point(|r| r.end <= run.start);
         match space.ranges.get(i) {
-            Some(&(a, b, w)) if a <= run.start && end <= b => Ok((space, w)),
+            Some(area) if area.start <= run.start && end <= area.end => Ok((space, area)),
             _ => Err(outside(run)),
         }
     }
 
     fn write_run(&self, run: &Run, slices: &[&[u8]]) -> io::Result<()> {
-        if let Some((file, size)) = self.objects.get(&run.space) {
+        if let Some((file, size, _)) = self.objects.get(&run.space) {
             self.check(run)?;
             let mut at = run.start;
             for s in slices {
@@ -109,10 +175,7 @@ impl Sink {
             }
             return Ok(());
         }
-        let (space, writable) = self.range(run)?;
-        if writable {
-            return mem::write(space.pid, run.start, slices);
-        }
+        let (space, _) = self.range(run)?;
         let mut at = run.start;
         for s in slices {
             space.mem.write(at, s)?;
@@ -120,6 +183,48 @@ impl Sink {
         }
         Ok(())
     }
+}
+
+/// Runs of one process, waiting to be written in one call.
+#[derive(Default)]
+struct Together<'a> {
+    pid: i32,
+    ranges: Vec<(u64, u64)>,
+    chunks: Vec<&'a [u8]>,
+}
+
+impl<'a> Together<'a> {
+    fn fits(&self, pid: i32, chunks: usize) -> bool {
+        self.pid == pid && self.ranges.len() < mem::RANGES && self.chunks.len() + chunks <= mem::RANGES
+    }
+
+    fn add(&mut self, pid: i32, run: &Run, chunks: Vec<&'a [u8]>) {
+        self.pid = pid;
+        self.ranges.push((run.start, run.len()));
+        self.chunks.extend(chunks);
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        match self.ranges.as_slice() {
+            [] => Ok(()),
+            [one] => mem::write(self.pid, one.0, &self.chunks),
+            many => mem::write_many(self.pid, many, &self.chunks),
+        }?;
+        self.ranges.clear();
+        self.chunks.clear();
+        Ok(())
+    }
+}
+
+fn zero_out(space: &Space, start: u64, end: u64) -> io::Result<()> {
+    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    let mut at = start;
+    while at < end {
+        let n = (end - at).min(ZEROS.len() as u64);
+        space.mem.write(at, &ZEROS[..n as usize])?;
+        at += n;
+    }
+    Ok(())
 }
 
 fn outside(run: &Run) -> io::Error {

@@ -3,7 +3,7 @@
 use super::pilots::Batch;
 use crate::{
     arch,
-    image::{Process, SigInfo, Thread, Tree},
+    image::{ITimer, Process, SigInfo, Thread, Tree},
     sys::misc::SchedAttr,
 };
 
@@ -69,9 +69,10 @@ pub fn process(p: &Process, tree: &Tree, zombies: usize) -> Batch {
         let spec = b.data(&timespecs(&[t.interval_ns, t.value_ns]));
         b.call("timer_settime", libc::SYS_timer_settime, &[t.id as u64, 0, spec, 0]);
     }
-    for (i, t) in p.itimers.iter().enumerate().filter(|(_, t)| t.value_us != 0) {
+    for (i, t) in p.itimers.iter().enumerate() {
+        let Some(value_us) = due(i, t) else { continue };
         let mut s = Vec::new();
-        for us in [t.interval_us, t.value_us] {
+        for us in [t.interval_us, value_us] {
             s.extend_from_slice(&(us / 1_000_000).to_le_bytes());
             s.extend_from_slice(&(us % 1_000_000).to_le_bytes());
         }
@@ -83,6 +84,19 @@ pub fn process(p: &Process, tree: &Tree, zombies: usize) -> Batch {
         b.call(format!("prlimit {i}"), libc::SYS_prlimit64, &[0, i as u64, at, 0]);
     }
     b
+}
+
+/// When an interval timer goes off next, in microseconds; `None` for one that is not armed.
+///
+/// ITIMER_REAL has no time left while its signal waits to be taken: the kernel starts the next interval only then. Set to the shortest time
+/// it goes off at once, its signal is one with the waiting one that was queued before, and the next interval starts when that is taken.
+fn due(which: usize, t: &ITimer) -> Option<u64> {
+    const ITIMER_REAL: usize = libc::ITIMER_REAL as usize;
+    match t.value_us {
+        0 if which == ITIMER_REAL && t.interval_us != 0 => Some(1),
+        0 => None,
+        value => Some(value),
+    }
 }
 
 /// PR_TIMER_CREATE_RESTORE_IDS, Linux 6.16: timer_create takes the id it is given.
@@ -274,5 +288,20 @@ fn creds(b: &mut Batch, t: &Thread, last_cap: u32, bounding: u64) {
     capset(b, "set capabilities", eff, perm, inh);
     if c.no_new_privs {
         b.call("PR_SET_NO_NEW_PRIVS", libc::SYS_prctl, &[PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timer_whose_signal_waits_goes_on() {
+        let timer = |value_us, interval_us| ITimer { value_us, interval_us };
+        assert_eq!(due(0, &timer(0, 20_000)), Some(1));
+        // The kernel forgets the interval of a disarmed ITIMER_REAL, and keeps that of the others.
+        assert_eq!(due(0, &timer(0, 0)), None);
+        assert_eq!(due(1, &timer(0, 20_000)), None);
+        assert_eq!(due(2, &timer(5, 20_000)), Some(5));
     }
 }

@@ -36,11 +36,17 @@ struct Region {
 
 // _IOWR('f', 16, struct pm_scan_arg)
 const PAGEMAP_SCAN: u64 = 3 << 30 | 96 << 16 | (b'f' as u64) << 8 | 16;
+const WRITTEN: u64 = 2;
 const FILE: u64 = 4;
 const PRESENT: u64 = 8;
 const SWAPPED: u64 = 16;
 const PFNZERO: u64 = 32;
+const SOFT_DIRTY: u64 = 128;
 const GUARD: u64 = 256;
+const WP_MATCHING: u64 = 1;
+const CHECK_WPASYNC: u64 = 2;
+/// Regions asked for in one call.
+const REGIONS: usize = 512;
 
 /// Pages that share a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,6 +136,141 @@ impl Pagemap {
         Ok(())
     }
 
+    fn scan_into(&self, mut arg: ScanArg, mut take: impl FnMut(Region)) -> io::Result<()> {
+        let mut vec = [Region::default(); REGIONS];
+        arg.size = 96;
+        arg.vec = vec.as_mut_ptr() as u64;
+        arg.vec_len = vec.len() as u64;
+        while arg.start < arg.end {
+            // SAFETY: `arg` and the vector it names outlive the call; the kernel writes at most vec_len regions.
+            let n = super::check(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } as i64)?;
+            vec[..n as usize].iter().for_each(|r| take(*r));
+            if arg.walk_end <= arg.start {
+                break;
+            }
+            arg.start = arg.walk_end;
+        }
+        Ok(())
+    }
+
+    /// Pages of `start..end` that were written since they were last armed, populated ones only; arms them again. Every page of the range
+    /// has to be registered with an asynchronous userfaultfd: else EPERM, and what was armed before the error is lost.
+    pub fn take_written(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
+        let scan = |known: u64| {
+            let arg = ScanArg {
+                flags: WP_MATCHING | CHECK_WPASYNC,
+                start,
+                end,
+                category_mask: WRITTEN,
+                category_anyof_mask: PRESENT | SWAPPED,
+                return_mask: FILE | known,
+                ..Default::default()
+            };
+            let mut found = Vec::new();
+            self.scan_into(arg, |r| {
+                found.push(Range {
+                    start: r.start,
+                    end: r.end,
+                    file: r.categories & FILE != 0,
+                    guard: r.categories & GUARD != 0,
+                })
+            })?;
+            Ok(found)
+        };
+        // Kernels before 6.15 do not know the guard category, and have no guard regions before 6.13.
+        let found: Vec<Range> = match scan(GUARD) {
+            Err(e) if known_guard(&e) => scan(0)?,
+            r => r?,
+        };
+        out.extend(found);
+        Ok(())
+    }
+
+    /// Everything of `start..end` that is not armed: pages written since, and holes. The fast way of the kernel (0.3 to 0.6 ms a GiB); arms
+    /// nothing. EPERM as for [`Pagemap::take_written`].
+    pub fn unarmed(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
+        let arg = ScanArg {
+            flags: CHECK_WPASYNC,
+            start,
+            end,
+            category_mask: WRITTEN,
+            return_mask: WRITTEN,
+            ..Default::default()
+        };
+        self.scan_into(arg, |r| out.push((r.start, r.end)))
+    }
+
+    /// Populated pages of `start..end` with whether each is soft-dirty (Documentation/admin-guide/mm/soft-dirty.rst): by PAGEMAP_SCAN where it
+    /// knows the category, else from the pagemap file, bit 55.
+    pub fn soft_dirty(&self, start: u64, end: u64, out: &mut Vec<(Range, bool)>) -> io::Result<()> {
+        let from = out.len();
+        let scan = |guard: u64, out: &mut Vec<(Range, bool)>| {
+            let arg = ScanArg {
+                start,
+                end,
+                category_anyof_mask: PRESENT | SWAPPED | guard,
+                return_mask: FILE | SOFT_DIRTY | guard,
+                ..Default::default()
+            };
+            self.scan_into(arg, |r| {
+                let range = Range {
+                    start: r.start,
+                    end: r.end,
+                    file: r.categories & FILE != 0,
+                    guard: r.categories & GUARD != 0,
+                };
+                out.push((range, r.categories & SOFT_DIRTY != 0));
+            })
+        };
+        for guard in [GUARD, 0] {
+            match scan(guard, out) {
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => out.truncate(from),
+                r => return r,
+            }
+        }
+        self.entries(start, end, |at, e| {
+            if e >> 62 & 3 == 0 {
+                return;
+            }
+            let (file, dirty) = (e >> 61 & 1 != 0, e >> 55 & 1 != 0);
+            match out.last_mut() {
+                Some((l, d)) if l.end == at && l.file == file && *d == dirty && l.start >= start => l.end += PAGE,
+                _ => {
+                    let range = Range {
+                        start: at,
+                        end: at + PAGE,
+                        file,
+                        guard: false,
+                    };
+                    out.push((range, dirty));
+                }
+            }
+        })
+    }
+
+    fn entries(&self, start: u64, end: u64, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
+        let mut buf = vec![0u8; 1 << 16];
+        let mut at = start;
+        while at < end {
+            let n = (((end - at) / PAGE) as usize).min(buf.len() / 8);
+            let got = self.file.read_at(&mut buf[..n * 8], at / PAGE * 8)? / 8;
+            if got == 0 {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            for e in buf[..got * 8].as_chunks::<8>().0 {
+                each(at, u64::from_le_bytes(*e));
+                at += PAGE;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the address space this was opened on still exists: after execve(2) it does not.
+    pub fn alive(&self) -> bool {
+        let mut b = [0u8; 8];
+        matches!(self.file.read_at(&mut b, 0), Ok(8))
+    }
+
     /// The pagemap file: 8 bytes a page; bit 63 present, 62 swapped, 61 file or shared anonymous.
     fn read_entries(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
         let mut buf = vec![0u8; 1 << 16];
@@ -159,6 +300,15 @@ impl Pagemap {
         }
         Ok(())
     }
+}
+
+fn known_guard(e: &io::Error) -> bool {
+    e.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// Clears the soft-dirty bits of a process: `4` to /proc/PID/clear_refs.
+pub fn clear_soft_dirty(pid: i32) -> io::Result<()> {
+    std::fs::write(format!("/proc/{pid}/clear_refs"), "4")
 }
 
 #[cfg(test)]

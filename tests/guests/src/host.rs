@@ -6,7 +6,7 @@ use crate::kit::{sys, sys0};
 use migrate_guests::wire::{Said, Spawn};
 use std::{ffi::CString, io, os::fd::RawFd, process::ExitCode};
 
-const CONTROL: RawFd = 0;
+pub(crate) const CONTROL: RawFd = 0;
 
 /// Entry point; `name` becomes the host's name.
 pub fn main(name: &str) -> ExitCode {
@@ -48,32 +48,10 @@ fn first_process(name: &str) -> io::Result<ExitCode> {
     }
     let host = CString::new(name)?;
     sys!(sethostname(host.as_ptr(), name.len()))?;
-    // Children start with nothing blocked; only this process takes SIGCHLD and the control socket through poll.
-    let mut set = crate::kit::empty_set();
-    sys0!(sigaddset(&mut set, libc::SIGCHLD));
-    sys!(sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()))?;
-    let signals = sys!(signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))?;
+    let signals = child_signals()?;
     sys!(fcntl(CONTROL, libc::F_SETFD, libc::FD_CLOEXEC))?;
     loop {
-        let mut fds = [
-            libc::pollfd {
-                fd: CONTROL,
-                events: libc::POLLIN,
-                revents: 0,
-            },
-            libc::pollfd {
-                fd: signals,
-                events: libc::POLLIN,
-                revents: 0,
-            },
-        ];
-        sys!(poll(fds.as_mut_ptr(), 2, -1))?;
-        if fds[1].revents != 0 {
-            let mut info = [0_u8; 128];
-            let _ = sys!(read(signals, info.as_mut_ptr().cast(), info.len()));
-            reap();
-        }
-        if fds[0].revents != 0 {
+        if wait(signals)? {
             match receive()? {
                 None => return Ok(ExitCode::SUCCESS),
                 Some((spawn, fds)) => start(&spawn, &fds),
@@ -83,7 +61,32 @@ fn first_process(name: &str) -> io::Result<ExitCode> {
     }
 }
 
-fn reap() {
+/// A descriptor that tells of ended children. Children start with nothing blocked; only this process takes SIGCHLD and the control
+/// descriptor through poll.
+pub(crate) fn child_signals() -> io::Result<RawFd> {
+    let mut set = crate::kit::empty_set();
+    sys0!(sigaddset(&mut set, libc::SIGCHLD));
+    sys!(sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()))?;
+    sys!(signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))
+}
+
+/// Waits for news, and reaps; true when the control descriptor has something to read, if only its end.
+pub(crate) fn wait(signals: RawFd) -> io::Result<bool> {
+    let mut fds = [CONTROL, signals].map(|fd| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    sys!(poll(fds.as_mut_ptr(), 2, -1))?;
+    if fds[1].revents != 0 {
+        let mut info = [0_u8; 128];
+        let _ = sys!(read(signals, info.as_mut_ptr().cast(), info.len()));
+        reap();
+    }
+    Ok(fds[0].revents != 0)
+}
+
+pub(crate) fn reap() {
     loop {
         let mut status = 0;
         let pid = sys0!(waitpid(-1, &mut status, libc::WNOHANG));
@@ -94,9 +97,11 @@ fn reap() {
     }
 }
 
-fn say(said: &Said) {
-    let bytes = serde_json::to_vec(said).unwrap_or_default();
-    let _ = sys!(send(CONTROL, bytes.as_ptr().cast(), bytes.len(), libc::MSG_NOSIGNAL));
+/// One write for each: a message on a socket, a line on the port of a virtual machine.
+pub(crate) fn say(said: &Said) {
+    let mut bytes = serde_json::to_vec(said).unwrap_or_default();
+    bytes.push(b'\n');
+    let _ = sys!(write(CONTROL, bytes.as_ptr().cast(), bytes.len()));
 }
 
 fn receive() -> io::Result<Option<(Spawn, Vec<RawFd>)>> {
@@ -128,7 +133,8 @@ fn receive() -> io::Result<Option<(Spawn, Vec<RawFd>)>> {
     Ok(Some((spawn, fds)))
 }
 
-fn start(spawn: &Spawn, fds: &[RawFd]) {
+/// Starts a command; its descriptors are closed here.
+pub(crate) fn start(spawn: &Spawn, fds: &[RawFd]) {
     let strings = |list: &mut dyn Iterator<Item = String>| list.filter_map(|s| CString::new(s).ok()).collect::<Vec<_>>();
     let argv = strings(&mut spawn.argv.iter().cloned());
     let env = strings(&mut spawn.env.iter().map(|(k, v)| format!("{k}={v}")));

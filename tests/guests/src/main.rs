@@ -2,8 +2,9 @@
 //!
 //! `migrate-guest NAME --dir DIR [--option value]...` sets up, prints "ready", then beats into `DIR/control` and takes requests from there.
 //! Asked to verify, it writes "ok" or what differs to `DIR/verdict`. `migrate-guest host NAME` is the first process of a test host,
-//! `migrate-guest trace PID` a debugger that does nothing.
+//! `migrate-guest vm PORT` that of a virtual machine, `migrate-guest trace PID` a debugger that does nothing.
 
+mod clock;
 mod clocks;
 mod counter;
 mod creds;
@@ -15,10 +16,13 @@ mod memory;
 mod portrait;
 mod restart;
 mod signals;
+mod soak;
 mod sockets;
 mod threads;
 mod timers;
+mod trap;
 mod tree;
+mod vm;
 mod vmas;
 mod xstate;
 
@@ -34,10 +38,16 @@ fn main() -> ExitCode {
     if name == "host" {
         return host::main(rest.first().map_or("host", |n| n));
     }
+    if name == "vm" {
+        return vm::main(rest.first().map_or("", |p| p));
+    }
     if name == "trace" {
         return hold::trace(rest.first().map_or("", |p| p));
     }
     let options = Options::parse(rest);
+    if name == "soak-child" {
+        return soak::again(&options);
+    }
     match Kit::new(&options).and_then(|kit| guest(name, kit, &options)) {
         Ok(code) => code,
         Err(error) => {
@@ -50,6 +60,7 @@ fn main() -> ExitCode {
 fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
     match name {
         "clocks" => clocks::clocks(kit, options),
+        "clock" => clock::clock(kit, options),
         "counter" => counter::counter(kit, options),
         "ballast" => memory::ballast(kit, options),
         "memory" => memory::memory(kit),
@@ -64,6 +75,8 @@ fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
         "files" => fds::many(kit, options),
         "sockets" => sockets::sockets(kit),
         "creds" => creds::creds(kit),
+        "soak" => soak::soak(kit, options),
+        "trap" => trap::trap(kit, options),
         "hold" => hold::hold(kit, options),
         _ => Err(io::Error::other("no such guest")),
     }

@@ -1,8 +1,9 @@
-//! Requests to the first process of a test host, and what it answers: one JSON object a SOCK_SEQPACKET message.
+//! Requests to the first process of a test host, and what it answers: one JSON object a SOCK_SEQPACKET message, or one a line where the
+//! host is a virtual machine.
 
 use serde::{Deserialize, Serialize};
 
-/// Starts a command in the host. Descriptors 0, 1 and 2 come along with the message.
+/// Starts a command in the host. Descriptors 0, 1 and 2 come along with the message, unless the host is a virtual machine.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Spawn {
     /// Chosen by the caller, comes back in the answer.
@@ -25,6 +26,9 @@ pub struct Spawn {
     pub want_pid: Option<i32>,
     /// Soft and hard limit of open files.
     pub nofile: Option<u64>,
+    /// In a virtual machine, where no descriptors come along: files that its standard output and standard error are appended to.
+    #[serde(default)]
+    pub outputs: Option<[String; 2]>,
 }
 
 /// What the first process tells.

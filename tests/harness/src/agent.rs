@@ -10,7 +10,10 @@ use serde_json::Value;
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -99,6 +102,24 @@ impl Tree for Process<'_> {
     }
 }
 
+/// How trees are moved where a test does not say: `MIGRATE_TEST_MODE`, else by stopping.
+pub fn mode() -> &'static str {
+    static MODE: OnceLock<String> = OnceLock::new();
+    MODE.get_or_init(|| std::env::var("MIGRATE_TEST_MODE").unwrap_or_else(|_| "stop".into()))
+}
+
+/// Whether the memory oracle watches: `MIGRATE_TEST_VERIFY=0` turns it off, for figures.
+fn oracle() -> bool {
+    !WITHOUT_ORACLE.load(Ordering::SeqCst) && std::env::var("MIGRATE_TEST_VERIFY").map_or(true, |v| v != "0")
+}
+
+static WITHOUT_ORACLE: AtomicBool = AtomicBool::new(false);
+
+/// Turns the memory oracle off for the tests of this file: they print figures.
+pub fn without_oracle() {
+    WITHOUT_ORACLE.store(true, Ordering::SeqCst);
+}
+
 impl Host {
     /// `migrate ARGS... --state-dir` of this host, not yet started.
     pub fn migrate(&self, args: &[&str]) -> crate::Command<'_> {
@@ -107,6 +128,8 @@ impl Host {
         let state = self.dir().join("state").display().to_string();
         self.command(argv)
             .env("MIGRATE_STATE_DIR", &state)
+            // The memory oracle: both sides hash every page at the freeze, and the destination refuses what differs.
+            .env("MIGRATE_VERIFY", if oracle() { "1" } else { "0" })
             .env("RUST_BACKTRACE", "1")
             .env("MIGRATE_FOREIGN_VDSO", if self.takes_vdsos_for_foreign() { "1" } else { "0" })
             .label(&format!("migrate {}", args.join(" ")))
@@ -156,24 +179,24 @@ impl Host {
         }
     }
 
-    /// The arguments of `migrate send` for a receiver.
+    /// The arguments of `migrate send` for a receiver, in the mode of [`mode`].
     pub fn send_args<'s>(&self, pid: &'s str, receiver: &'s Receiver<'_>) -> Vec<&'s str> {
-        vec![
-            "send",
-            pid,
-            &receiver.target,
-            "--ticket",
-            &receiver.ticket,
-            "--mode",
-            "stop",
-            "--json",
-        ]
+        let mut args = self.send_args_any(pid, receiver);
+        args.extend(["--mode", mode()]);
+        args
     }
 
-    /// Runs `migrate send --mode stop` to the end.
+    fn send_args_any<'s>(&self, pid: &'s str, receiver: &'s Receiver<'_>) -> Vec<&'s str> {
+        vec!["send", pid, &receiver.target, "--ticket", &receiver.ticket, "--json"]
+    }
+
+    /// Runs `migrate send` to the end, in the mode of [`mode`] unless `more` names one.
     pub fn send(&self, pid: i32, receiver: &Receiver<'_>, more: &[&str]) -> Run {
         let pid = pid.to_string();
-        let mut args = self.send_args(&pid, receiver);
+        let mut args = self.send_args_any(&pid, receiver);
+        if !more.contains(&"--mode") {
+            args.extend(["--mode", mode()]);
+        }
         args.extend(more);
         self.run(&args)
     }

@@ -1,7 +1,7 @@
 //! A guest as its test sees it.
 
 use crate::{
-    host::{Host, Stdio},
+    host::{Ended, Host, Stdio},
     tools::guest_binary,
     wait::{eventually, within},
 };
@@ -35,32 +35,46 @@ impl Guest {
         options: &[(&str, &str)],
         more: impl FnOnce(crate::Command<'a>) -> crate::Command<'a>,
     ) -> Guest {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
         let shared = host.dir().parent().expect("the test's directory");
+        Guest::start_by(shared, name, Duration::from_secs(60), |dir, out| {
+            let argv = Guest::argv(&guest_binary().display().to_string(), name, dir, options);
+            // The terminal and the pipe are tried with real programs; a guest's own words go to a file.
+            let process = more(host.command(argv).stdio(Stdio::File(out.into())).label(&format!("guest {name}"))).start();
+            (process.pid, Box::new(move || process.ended()))
+        })
+    }
+
+    /// What to type to start one.
+    pub(crate) fn argv(binary: &str, name: &str, dir: &Path, options: &[(&str, &str)]) -> Vec<String> {
+        let mut argv = vec![binary.to_string(), name.to_string(), "--dir".into(), dir.display().to_string()];
+        for (key, value) in options {
+            argv.push(format!("--{key}"));
+            argv.push((*value).to_string());
+        }
+        argv
+    }
+
+    /// Starts one with a directory of its own in `shared`: `start` gets that and the file for its words, and gives the pid and a look at
+    /// whether it ended.
+    pub(crate) fn start_by<'a>(
+        shared: &Path,
+        name: &str,
+        limit: Duration,
+        start: impl FnOnce(&Path, &Path) -> (i32, Box<dyn Fn() -> Option<Ended> + 'a>),
+    ) -> Guest {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
         let dir = shared.join(format!("guest-{}-{}", name, NUMBER.fetch_add(1, Ordering::SeqCst)));
         fs::create_dir_all(&dir).expect("a directory for the guest");
         // Guests that give up root still find their way.
         let _ = std::os::unix::fs::chown(shared, Some(0), Some(0));
         let _ = fs::set_permissions(shared, std::os::unix::fs::PermissionsExt::from_mode(0o755));
         let control = Control::open(&dir.join("control")).expect("the control file");
-        let mut argv = vec![
-            guest_binary().display().to_string(),
-            name.to_string(),
-            "--dir".into(),
-            dir.display().to_string(),
-        ];
-        for (key, value) in options {
-            argv.push(format!("--{key}"));
-            argv.push((*value).to_string());
-        }
-        // The terminal and the pipe are tried with real programs; a guest's own words go to a file.
         let out = dir.join("out");
         fs::write(&out, "").expect("the guest's output");
-        let process = more(host.command(argv).stdio(Stdio::File(out.clone())).label(&format!("guest {name}"))).start();
-        let pid = process.pid;
+        let (pid, ended) = start(&dir, &out);
         let words = || fs::read_to_string(&out).unwrap_or_default();
-        within(&format!("set-up of guest {name}"), Duration::from_secs(60), || {
-            if let Some(ended) = process.ended() {
+        within(&format!("set-up of guest {name}"), limit, || {
+            if let Some(ended) = ended() {
                 panic!("guest {name} ended during set-up: {ended:?}\n{}", words());
             }
             (control.pulse().ok()?.state == State::Ready).then_some(())

@@ -107,7 +107,7 @@ pub enum Ended {
 }
 
 impl Ended {
-    fn from_status(status: i32) -> Ended {
+    pub(crate) fn from_status(status: i32) -> Ended {
         if status & 0x7f == 0 {
             Ended::Code((status >> 8) & 0xff)
         } else {

@@ -5,6 +5,8 @@
 //! run side by side. Both see this machine's files, with a private `/run` and `/dev/shm` each. Everything ends with the value that a test
 //! holds.
 //!
+//! [`vm`] has hosts with kernels of their own: two virtual machines.
+//!
 //! The agents are the real binary: `MIGRATE_BIN`, or the one that cargo built beside the tests. What a missing tool or missing
 //! rights make impossible is a named skip ([`skip`]), never a silent pass.
 
@@ -13,11 +15,13 @@ mod client;
 mod guest;
 mod host;
 mod hosts;
+mod initramfs;
 pub mod programs;
 mod tools;
+pub mod vm;
 mod wait;
 
-pub use agent::{Moved, Receiver, Run, Tree};
+pub use agent::{Moved, Receiver, Run, Tree, mode, without_oracle};
 pub use client::{Answer, HttpClient, Redis};
 pub use guest::Guest;
 pub use host::{Command, Ended, Host, Proc, Process, Stdio};

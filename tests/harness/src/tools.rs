@@ -62,7 +62,7 @@ pub fn python() -> Option<PathBuf> {
 }
 
 /// Where cargo puts the binaries of this profile: the directory above the one with the tests.
-fn built() -> PathBuf {
+pub(crate) fn built() -> PathBuf {
     let me = std::env::current_exe().expect("the test's own path");
     let dir = me.parent().expect("a directory");
     // Tests and benches are in deps, examples in examples, binaries in the directory itself.

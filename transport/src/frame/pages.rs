@@ -426,3 +426,16 @@ impl PageDecoder {
         Ok(buffer.into())
     }
 }
+/// Compresses page data as a page stream would: (compressed bytes for each byte, bytes of pages a second). (1, 0) when there is nothing to try.
+pub fn sample_compression(data: &[Bytes]) -> (f64, f64) {
+    let raw: usize = data.iter().map(Bytes::len).sum();
+    let start = std::time::Instant::now();
+    let Ok(packed) = zstd::bulk::Compressor::new(LEVEL).and_then(|mut z| z.compress(&data.concat())) else {
+        return (1.0, 0.0);
+    };
+    let seconds = start.elapsed().as_secs_f64();
+    if raw == 0 || seconds <= 0.0 {
+        return (1.0, 0.0);
+    }
+    (packed.len() as f64 / raw as f64, raw as f64 / seconds)
+}

@@ -62,6 +62,8 @@ pub struct Source {
 pub enum Mode {
     /// The tree runs: find blockers and files, tolerate what comes and goes, do not touch any queue. Queues stay empty in the result.
     Inventory,
+    /// The tree runs, and descriptors are left out altogether: tables stay empty.
+    Outline,
     /// The tree is stopped: everything counts.
     Frozen,
 }
@@ -126,6 +128,12 @@ pub fn dump_selected(
     blockers: &mut Vec<Blocker>,
     wanted: &dyn Fn(i32) -> bool,
 ) -> Result<Tables, DumpError> {
+    if mode == Mode::Outline {
+        return Ok(Tables {
+            fds: vec![Vec::new(); processes.len()],
+            ..Tables::default()
+        });
+    }
     let dirs = processes.iter().map(table::dirs).collect::<Result<Vec<_>, _>>()?;
     let raws = table::read(processes, &dirs, mode, wanted)?;
     let opens = sharing::group(processes, &raws, mode)?;

@@ -1,0 +1,149 @@
+//! What a migration would be like, by a simulation of its rounds. Pure.
+
+use super::{Decision, LEAST_OVERHEAD, Limits, Planner, RoundFacts, UNKNOWN_RATE, Why, duration, usable};
+use crate::report::Mode;
+use std::time::Duration;
+
+/// How a program writes: pages drawn at random from a working set.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Activity {
+    /// D: bytes of pages that its writes hit a second, repeated hits included.
+    pub rate: f64,
+    /// W_max: bytes it would have written after a long time.
+    pub working_set: f64,
+}
+
+impl Activity {
+    /// Bytes dirty after so many seconds, `W_max (1 - exp(-D t / W_max))`: at first every write hits a clean page, in the end none does.
+    pub fn dirtied(&self, seconds: f64) -> f64 {
+        if !usable(self.rate) || !usable(self.working_set) || seconds <= 0.0 {
+            return 0.0;
+        }
+        self.working_set * -(-self.rate * seconds / self.working_set).exp_m1()
+    }
+
+    /// From two counts of one sample: bytes dirty after `half` and after twice that, without cleaning in between; of a program with `total` bytes.
+    ///
+    /// With `x = D half / W_max` the counts are in the proportion `1 + exp(-x)`, which gives x, then W_max, then D. Counts that grow as if the working
+    /// set had no end are taken for one of `total` bytes, and so are all that would give a larger one.
+    pub fn from_sample(half: Duration, first: u64, both: u64, total: u64) -> Activity {
+        let (t, first, both, total) = (half.as_secs_f64(), first as f64, both as f64, total as f64);
+        if t <= 0.0 || both <= 0.0 {
+            return Activity::default();
+        }
+        if first <= 0.0 {
+            return Activity {
+                rate: both / (2.0 * t),
+                working_set: total.max(both),
+            };
+        }
+        let growth = (both / first - 1.0).max(1e-6);
+        let x = -growth.ln();
+        let working_set = if x > 0.0 { first / -(-x).exp_m1() } else { f64::INFINITY };
+        if working_set < total {
+            return Activity {
+                rate: x * working_set / t,
+                working_set,
+            };
+        }
+        // Solved for D with W_max given.
+        let total = total.max(both * 1.001);
+        Activity {
+            rate: -(-both / total).ln_1p() * total / (2.0 * t),
+            working_set: total,
+        }
+    }
+}
+
+/// What [`forecast`] goes by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outlook {
+    /// Bytes of memory with content.
+    pub total: u64,
+    /// How the program writes.
+    pub activity: Activity,
+    /// c, bytes on the wire for a byte of memory.
+    pub ratio: f64,
+    /// B, bytes a second on the wire.
+    pub rate: f64,
+    /// F.
+    pub fixed: Duration,
+    /// o, what a round costs beside its bytes: about 0.3 ms for each GiB that is scanned, a round trip, and a fraction of a millisecond. Less than
+    /// half a millisecond counts as that.
+    pub overhead: Duration,
+}
+
+/// What a migration would be like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forecast {
+    /// Rounds before the freeze.
+    pub rounds: u32,
+    /// From the start of the first round to the resume.
+    pub total: Duration,
+    /// The freeze.
+    pub downtime: Duration,
+    /// Bytes of memory that follow on demand.
+    pub lazy: u64,
+    /// Why the rounds would end; `None` in modes without rounds.
+    pub why: Option<Why>,
+    /// By how much the downtime is over the limit.
+    pub misses_by: Option<Duration>,
+}
+
+/// Simulates a migration with the same planner that will lead it.
+pub fn forecast(limits: Limits, mode: Mode, outlook: &Outlook) -> Forecast {
+    let rate = if usable(outlook.rate) { outlook.rate } else { UNKNOWN_RATE };
+    let ratio = if usable(outlook.ratio) { outlook.ratio } else { 1.0 };
+    let fixed = outlook.fixed;
+    let overhead = outlook.overhead.as_secs_f64().max(LEAST_OVERHEAD);
+    if matches!(mode, Mode::Stop | Mode::PostCopy) {
+        let (downtime, lazy) = match mode {
+            Mode::Stop => (duration(fixed.as_secs_f64() + ratio * outlook.total as f64 / rate), 0),
+            _ => (fixed, outlook.total),
+        };
+        return Forecast {
+            rounds: 0,
+            total: downtime,
+            downtime,
+            lazy,
+            why: None,
+            misses_by: downtime.checked_sub(limits.downtime).filter(|d| !d.is_zero()),
+        };
+    }
+    let mut planner = Planner::new(limits, mode, fixed);
+    let (mut waiting, mut elapsed) = (outlook.total as f64, 0.0);
+    loop {
+        let took = ratio * waiting / rate + overhead;
+        let dirtied = outlook.activity.dirtied(took).min(outlook.total as f64);
+        elapsed += took;
+        let decision = planner.round(RoundFacts {
+            dirty: dirtied as u64,
+            raw: waiting as u64,
+            wire: (ratio * waiting) as u64,
+            took: duration(took),
+            rate: Some(rate),
+            dirtied: dirtied as u64,
+            elapsed: duration(elapsed),
+            ..RoundFacts::default()
+        });
+        waiting = dirtied;
+        let (downtime, lazy, why, misses_by) = match decision {
+            Decision::Another => continue,
+            Decision::Freeze { predicted, why, misses_by } => (predicted, 0, why, misses_by),
+            Decision::GoLazy {
+                predicted,
+                lazy,
+                why,
+                misses_by,
+            } => (predicted, lazy, why, misses_by),
+        };
+        return Forecast {
+            rounds: planner.rounds(),
+            total: duration(elapsed + downtime.as_secs_f64()),
+            downtime,
+            lazy,
+            why: Some(why),
+            misses_by,
+        };
+    }
+}

@@ -1,0 +1,291 @@
+//! The freeze: stopping the tree, reading it, and the ways out of it.
+
+use super::{interrupted, inventory, rounds::Rounds};
+use crate::{
+    blocker::Blocker,
+    dump::{self, mm::Cache, pages},
+    image::{Host, Tree},
+    inject::{InjectError, Injector},
+    pages::PageSet,
+    report::Failure,
+    restore::rebuild::Names,
+    sys::mem::Mem,
+    tracer::{Frozen, Tracer},
+};
+use std::{
+    cell::RefCell,
+    fs::File,
+    io,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+use tokio_util::sync::CancellationToken;
+
+/// A frozen tree with what was read of it; lives on the tracer thread.
+pub struct Held {
+    frozen: Frozen,
+    injectors: Vec<Option<Injector>>,
+}
+
+impl Held {
+    /// Lets the tree go on as if nothing had been.
+    fn release(&mut self) {
+        self.leave();
+        self.frozen.thaw();
+    }
+
+    /// Forgets the tree without letting it go: it stays stopped by SIGSTOP once ptrace lets go.
+    fn abandon(mut self) {
+        self.leave();
+        std::mem::replace(&mut self.frozen, Frozen::nothing()).let_go_stopped();
+    }
+
+    fn leave(&mut self) {
+        for (p, inj) in self.frozen.procs.iter_mut().zip(self.injectors.drain(..)) {
+            if let (Some(inj), Some(leader)) = (inj, p.tasks.first_mut())
+                && let Err(e) = inj.leave(leader)
+            {
+                tracing::warn!(pid = p.pid, error = %e, "the stub's table stays mapped");
+            }
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+thread_local! {
+    static HELD: RefCell<Option<Held>> = const { RefCell::new(None) };
+}
+
+/// What a freeze gave.
+pub struct Snapshot {
+    /// The tree.
+    pub tree: Tree,
+    /// What its address spaces and objects are called in page runs.
+    pub names: Names,
+    /// Agent-side pids.
+    pub pids: Vec<i32>,
+    /// Readers of the objects.
+    pub object_fds: Vec<std::os::fd::OwnedFd>,
+    /// Pages to send.
+    pub plans: Vec<pages::SpacePlan>,
+    /// Memory that the destination holds and that is untouched now.
+    pub drops: Vec<(u32, u64, u64)>,
+    /// Guard regions.
+    pub guards: Vec<Vec<(u64, u64)>>,
+    /// When the first task stopped.
+    pub since: Instant,
+    /// Time to stop all, and to read all.
+    pub interrupt: Duration,
+    /// Time to read everything but pages.
+    pub collect: Duration,
+    /// Time to look for pages that were written.
+    pub scan: Duration,
+}
+
+/// What looks at the tree, in rounds and at the freeze, shared with the tracer thread.
+pub type Shared = Arc<Mutex<Rounds>>;
+
+/// How long a freeze that meets transient blockers is tried again.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a try at a freeze came to: the way may be blocked by something that passes.
+pub type Try = Result<Snapshot, Vec<Blocker>>;
+
+/// Freezes the tree and reads it. On `Ok` it stays frozen on the tracer thread, until [`thaw`], [`kill`] or the end of that thread.
+pub async fn freeze(tracer: &Tracer, pid: i32, host: &Host, cancel: &CancellationToken) -> Result<Snapshot, Failure> {
+    let mut retry = Retry::new(pid);
+    loop {
+        match freeze_now(tracer, pid, host, None).await? {
+            Ok(s) => return Ok(s),
+            Err(blockers) => retry.pause(blockers, cancel).await?,
+        }
+    }
+}
+
+/// One try. With `rounds` only what the destination does not hold yet is planned to be sent.
+pub async fn freeze_now(tracer: &Tracer, pid: i32, host: &Host, rounds: Option<Shared>) -> Result<Try, Failure> {
+    let host = host.clone();
+    tracer
+        .call(move || match rounds {
+            Some(r) => match r.lock() {
+                Ok(mut r) => freeze_once(pid, host, Some(&mut r)),
+                Err(_) => Err(Failure::failed("freeze", pid, "the look at the tree failed before")),
+            },
+            None => freeze_once(pid, host, None),
+        })
+        .await
+        .map_err(|e| Failure::failed("freeze", pid, e))?
+}
+
+/// Waiting for a better moment.
+pub struct Retry {
+    pid: i32,
+    tries: u32,
+    end: Instant,
+}
+
+impl Retry {
+    /// From now on.
+    pub fn new(pid: i32) -> Retry {
+        Retry {
+            pid,
+            tries: 0,
+            end: Instant::now() + FREEZE_PATIENCE,
+        }
+    }
+
+    /// Waits a little, unless these blockers will not pass or time is up.
+    pub async fn pause(&mut self, blockers: Vec<Blocker>, cancel: &CancellationToken) -> Result<(), Failure> {
+        self.tries += 1;
+        let lasting = blockers.iter().any(|b| !b.transient);
+        if lasting || Instant::now() > self.end {
+            let m = if lasting {
+                "the tree cannot move"
+            } else {
+                "the tree did not come to a point where it can move"
+            };
+            return Err(Failure::refused("freeze", self.pid, m, blockers));
+        }
+        // Another moment each time, so that a periodic client is not met at the same point again.
+        let wait = Duration::from_millis(3 + u64::from(self.tries) * 7 % 41);
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = cancel.cancelled() => return Err(interrupted(self.pid)),
+        }
+        // Looking costs the program nothing: it is stopped again only when the way seems clear.
+        if self.tries > 3 {
+            let pid = self.pid;
+            let _ = tokio::task::spawn_blocking(move || inventory(pid)).await;
+        }
+        Ok(())
+    }
+}
+
+fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try, Failure> {
+    let fail = |m: String| Failure::failed("freeze", pid, m);
+    let frozen = Frozen::freeze(pid, Duration::from_secs(5)).map_err(|e| fail(e.to_string()))?;
+    let since = frozen.since;
+    let interrupt = since.elapsed();
+    let mut held = Held {
+        frozen,
+        injectors: Vec::new(),
+    };
+    let mut own = Cache::default();
+    let (cache, rounds) = match rounds {
+        Some(r) => {
+            let (cache, rest) = r.split();
+            (cache, Some(rest))
+        }
+        None => (&mut own, None),
+    };
+    let (d, injectors) = dump::tree::frozen(&mut held.frozen, host, cache).map_err(|e| match e {
+        dump::tree::DumpError::Inject(e @ InjectError::Unfit { .. }) => Failure::refused("freeze", pid, e, Vec::new()),
+        e => fail(format!("cannot read the frozen tree: {e}")),
+    })?;
+    held.injectors = injectors;
+    if !d.blockers.is_empty() {
+        return Ok(Err(d.blockers));
+    }
+    let collect = since.elapsed() - interrupt;
+    let last = match rounds {
+        Some(r) => r.last(&d),
+        None => pages::plan_tree(&d.tree, &d.pids, &d.object_fds).map(|(plans, guards)| Last {
+            names: Names::plain(&d.tree),
+            plans,
+            guards,
+            drops: Vec::new(),
+        }),
+    };
+    let last = last.map_err(|e| fail(format!("cannot read the page tables: {e}")))?;
+    HELD.with(|h| *h.borrow_mut() = Some(held));
+    Ok(Ok(Snapshot {
+        tree: d.tree,
+        names: last.names,
+        pids: d.pids,
+        object_fds: d.object_fds,
+        plans: last.plans,
+        drops: last.drops,
+        guards: last.guards,
+        since,
+        interrupt,
+        collect,
+        scan: since.elapsed() - interrupt - collect,
+    }))
+}
+
+/// What the last look found.
+#[derive(Debug, Default)]
+pub struct Last {
+    /// See [`Snapshot`].
+    pub names: Names,
+    /// Pages to send.
+    pub plans: Vec<pages::SpacePlan>,
+    /// Guard regions, by address space.
+    pub guards: Vec<pages::Guards>,
+    /// Memory that is untouched now.
+    pub drops: Vec<(u32, u64, u64)>,
+}
+
+impl Last {
+    /// The ranges of a set as guard regions.
+    pub fn ranges(set: &PageSet) -> pages::Guards {
+        set.ranges().to_vec()
+    }
+}
+
+/// Lets the frozen tree go on.
+pub async fn thaw(tracer: &Tracer) {
+    let _ = tracer.call(|| HELD.with(|h| drop(h.borrow_mut().take()))).await;
+}
+
+/// Kills the frozen originals.
+pub async fn kill(tracer: &Tracer) {
+    let _ = tracer
+        .call(|| {
+            HELD.with(|h| {
+                if let Some(mut held) = h.borrow_mut().take() {
+                    held.injectors.clear();
+                    std::mem::replace(&mut held.frozen, Frozen::nothing()).kill();
+                }
+            });
+        })
+        .await;
+}
+
+/// Sends SIGSTOP as well, so that the tree outlives this agent stopped.
+pub(super) async fn hold(tracer: &Tracer) {
+    let _ = tracer
+        .call(|| {
+            HELD.with(|h| {
+                if let Some(h) = h.borrow_mut().as_mut() {
+                    h.frozen.hold()
+                }
+            })
+        })
+        .await;
+}
+
+/// Ends the tracing of a held tree, which stays stopped.
+pub(super) async fn abandon(tracer: &Tracer) {
+    let _ = tracer.call(|| HELD.with(|h| h.borrow_mut().take().map(Held::abandon))).await;
+}
+
+/// What reads a space of the snapshot.
+pub fn open_reader(space: u32, snap: &Snapshot) -> io::Result<pages::Reader> {
+    if let Some(o) = snap.names.objects.iter().position(|n| *n == space) {
+        return Ok(pages::Reader::Object(File::from(snap.object_fds[o].try_clone()?)));
+    }
+    let mm = snap.names.spaces.iter().position(|n| *n == space);
+    let at = snap
+        .tree
+        .processes
+        .iter()
+        .position(|p| Some(p.mm as usize) == mm && p.zombie.is_none())
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no process has this address space"))?;
+    Ok(pages::Reader::Process(Mem::open(snap.pids[at])?))
+}

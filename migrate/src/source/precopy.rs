@@ -1,0 +1,168 @@
+//! The rounds of pre-copy, up to the frozen tree.
+
+use super::{
+    freeze::{Retry, Shared, Snapshot, freeze_now},
+    interrupted,
+    rounds::{Prepared, Rounds},
+    transfer::{self, Terms},
+};
+use crate::{
+    image::{Host, PAGE},
+    plan::{Decision, Limits, Planner, RoundFacts},
+    report::{Event, Events, Failure, Round, SendOptions},
+    tracer::Tracer,
+    wire::WireError,
+};
+use migrate_transport::Link;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+/// One `send` between the preflight and the frozen tree.
+pub struct Job<'a> {
+    pub pid: i32,
+    pub host: Host,
+    pub tracer: &'a Tracer,
+    pub options: &'a SendOptions,
+    pub events: &'a Events,
+    pub cancel: &'a CancellationToken,
+    /// Rounds so far.
+    pub rounds: Vec<Round>,
+    /// Bytes a second that the destination has acknowledged; 0 before the first round.
+    pub rate: f64,
+}
+
+impl Job<'_> {
+    /// What pages are sent by.
+    pub fn terms(&self) -> Terms {
+        Terms {
+            bandwidth: self.options.bandwidth,
+            rate: self
+                .options
+                .bandwidth
+                .map_or(self.rate, |b| if self.rate > 0.0 { self.rate.min(b as f64) } else { b as f64 }),
+        }
+    }
+
+    /// Pre-copies, with `tracked`, until the planner says to freeze; then freezes.
+    pub async fn until_frozen<L: Link>(&mut self, link: &mut L, tracked: Option<&Shared>, fixed: Duration) -> Result<Snapshot, Failure> {
+        if let Some(t) = tracked {
+            (self.events)(Event::Phase { phase: "pre-copy" });
+            self.precopy(link, t, fixed).await?;
+        }
+        (self.events)(Event::Phase { phase: "freeze" });
+        let mut retry = Retry::new(self.pid);
+        loop {
+            match freeze_now(self.tracer, self.pid, &self.host, tracked.cloned()).await? {
+                Ok(s) => return Ok(s),
+                Err(blockers) => retry.pause(blockers, self.cancel).await?,
+            }
+            // What was written while waiting for a better moment would lengthen the freeze.
+            if let Some(t) = tracked {
+                let p = self.look(t).await?;
+                self.round(link, t, p).await?;
+            }
+        }
+    }
+
+    async fn precopy<L: Link>(&mut self, link: &mut L, tracked: &Shared, fixed: Duration) -> Result<(), Failure> {
+        let limits = Limits {
+            downtime: self.options.downtime_limit,
+            rounds: self.options.max_rounds,
+            time: self.options.max_time,
+        };
+        let mut planner = Planner::new(limits, self.options.mode, fixed);
+        let start = Instant::now();
+        let mut prepared = self.look(tracked).await?;
+        loop {
+            let began = Instant::now();
+            let (round, raw) = self.round(link, tracked, prepared).await?;
+            prepared = self.look(tracked).await?;
+            let took = began.elapsed();
+            let decision = planner.round(RoundFacts {
+                dirty: prepared.dirty,
+                held: prepared.hot,
+                raw,
+                wire: round.bytes,
+                took,
+                rate: None,
+                dirtied: prepared.dirtied,
+                fixed: None,
+                elapsed: start.elapsed(),
+            });
+            self.rate = planner.rate();
+            (self.events)(Event::Plan {
+                round: self.rounds.len() as u32,
+                dirty_bytes: prepared.dirty,
+                dirty_rate: planner.dirty_rate() as u64,
+                rate: planner.rate() as u64,
+                predicted_downtime_ms: planner.predicted().as_secs_f64() * 1000.0,
+            });
+            match decision {
+                Decision::Another => {}
+                Decision::Freeze { why, misses_by, predicted } => {
+                    if let Some(by) = misses_by {
+                        (self.events)(Event::Note {
+                            text: format!(
+                                "the freeze will take about {:.0} ms, {:.0} ms more than the limit ({})",
+                                predicted.as_secs_f64() * 1e3,
+                                by.as_secs_f64() * 1e3,
+                                why.name()
+                            ),
+                        });
+                    }
+                    break;
+                }
+                Decision::GoLazy { .. } => break,
+            }
+        }
+        // What the last look found is owed: the freeze sends it.
+        self.tracks(tracked)?.unsent(&prepared);
+        Ok(())
+    }
+
+    fn tracks<'t>(&self, tracked: &'t Shared) -> Result<std::sync::MutexGuard<'t, Rounds>, Failure> {
+        let failed = |_| Failure::failed("pre-copy", self.pid, "an earlier look at the tree failed; it runs on here");
+        tracked.lock().map_err(failed)
+    }
+
+    /// Looks at the tree on the tracer thread.
+    async fn look(&self, tracked: &Shared) -> Result<Prepared, Failure> {
+        let shared = tracked.clone();
+        let fail =
+            |e: &dyn std::fmt::Display| Failure::failed("pre-copy", self.pid, format!("cannot look at the tree: {e}; it runs on here"));
+        let p = self
+            .tracer
+            .call(move || match shared.lock() {
+                Ok(mut r) => r.look(),
+                Err(_) => Err(std::io::Error::other("an earlier look failed")),
+            })
+            .await
+            .map_err(|e| fail(&e))?
+            .map_err(|e| fail(&e))?;
+        for u in &p.untracked {
+            tracing::debug!("{u}");
+        }
+        Ok(p)
+    }
+
+    /// Sends a round; returns it with the bytes of memory in it.
+    async fn round<L: Link>(&mut self, link: &mut L, tracked: &Shared, p: Prepared) -> Result<(Round, u64), Failure> {
+        let number = self.rounds.len() as u32 + 1;
+        let stopped = p.stopped;
+        let sent = tokio::select! {
+            r = transfer::round(link, number, p, self.terms(), self.events) => r,
+            () = self.cancel.cancelled() => return Err(interrupted(self.pid)),
+        };
+        let (mut round, _, missed) =
+            sent.map_err(|e: WireError| Failure::failed("pre-copy", self.pid, format!("{e}; the program runs on here")))?;
+        round.stopped_ms = stopped.as_secs_f64() * 1000.0;
+        let mut t = self.tracks(tracked)?;
+        t.sent();
+        t.missed(&missed);
+        drop(t);
+        (self.events)(Event::Round(round));
+        self.rounds.push(round);
+        let raw = (round.pages + round.zero_pages) * PAGE;
+        Ok((round, raw))
+    }
+}

@@ -1,0 +1,664 @@
+//! Pre-copy rounds at the source: what the destination holds, what it is owed, and what each look at the tree adds to that.
+//!
+//! For every address space there are two sets of pages. *held*: the destination has this page as it was when it was last armed. *owed*: the
+//! page was seen dirty, is armed by now, and has not been delivered. Whatever the tracker finds dirty goes to owed; what a round has delivered
+//! moves from owed to held. Nothing else ever leaves owed but memory that is not there any more, so a page that was armed is never forgotten:
+//! not one that a round held back because it is hot, not one that could not be read.
+//!
+//! At the freeze everything owed is sent, everything found dirty then, and what is held but has vanished is dropped. A process that could not be
+//! tracked is sent whole at the freeze.
+
+use super::{freeze::Last, objects::Contents};
+use crate::{
+    dump::{
+        self,
+        mm::Cache,
+        pages::{OBJECT_SPACE, Reader, SpacePlan},
+        tree::Dumped,
+    },
+    image::{Host, PAGE, Tree},
+    inject::{InjectError, Injector},
+    pages::PageSet,
+    procfs::{maps, status},
+    restore::{rebuild::Names, shape},
+    sys::{mem::Mem, uffd},
+    tracer::Frozen,
+    track::{self, TrackError, Tracker, soft_dirty::SoftDirty, wp_async::WpAsync},
+};
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    io,
+    time::Duration,
+};
+
+/// Rounds in a row in which a page was dirty that make it hot: it waits for the freeze.
+const HOT: usize = 3;
+/// How often a look at a running tree is tried, since processes end under it.
+const TRIES: u32 = 20;
+
+/// One address space of the running tree.
+#[derive(Debug)]
+struct Space {
+    name: u32,
+    tracker: Option<Box<dyn Tracker>>,
+    held: PageSet,
+    owed: PageSet,
+    /// What was dirty in the rounds before, newest first.
+    recent: Vec<PageSet>,
+}
+
+impl Space {
+    fn new(name: u32) -> Space {
+        Space {
+            name,
+            tracker: None,
+            held: PageSet::new(),
+            owed: PageSet::new(),
+            recent: Vec::new(),
+        }
+    }
+
+    /// The destination loses what it had of a range; what the tree still has there has to be sent again.
+    fn lose(&mut self, start: u64, end: u64) {
+        let lost = self.held.clip(start, end);
+        self.held.remove(start, end);
+        self.owed.extend(&lost);
+    }
+
+    /// A range is new or gone: nothing that is known of it counts.
+    fn void(&mut self, start: u64, end: u64, drops: &mut Vec<(u32, u64, u64)>) {
+        drops.extend(self.held.clip(start, end).ranges().iter().map(|r| (self.name, r.0, r.1)));
+        self.held.remove(start, end);
+        self.owed.remove(start, end);
+    }
+}
+
+/// What a round sends, and how much is left.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The tree, when its shape differs from what the destination knows.
+    pub tree: Option<Tree>,
+    /// Names of its address spaces and objects.
+    pub names: Names,
+    /// Memory that the destination holds and that is untouched now.
+    pub drops: Vec<(u32, u64, u64)>,
+    /// Pages to send, and what reads them.
+    pub plans: Vec<(SpacePlan, Reader)>,
+    /// Bytes of memory that are dirty now: W.
+    pub dirty: u64,
+    /// Of these, held back.
+    pub hot: u64,
+    /// Bytes that became dirty since the last look.
+    pub dirtied: u64,
+    /// How long the tree was stopped for the look.
+    pub stopped: Duration,
+    /// Processes that cannot be tracked, with the reason.
+    pub untracked: Vec<String>,
+}
+
+/// Everything known of the tree between looks.
+#[derive(Debug)]
+pub struct Rounds {
+    root: i32,
+    host: Host,
+    kind: track::Kind,
+    cache: Cache,
+    tracks: Tracks,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Tracks {
+    /// By pid and start time.
+    spaces: HashMap<(i32, u64), Space>,
+    /// Names of objects, by device and inode.
+    objects: HashMap<(u64, u64), u32>,
+    /// What was sent of each object.
+    contents: Contents,
+    next_space: u32,
+    next_object: u32,
+    /// What the destination was told last.
+    told: Option<(Tree, Names)>,
+    /// What it had been told before the last look, when that told it something else.
+    before: Option<Option<(Tree, Names)>>,
+    /// Memory that the destination has to drop and was not told of yet.
+    drops: Vec<(u32, u64, u64)>,
+    /// Objects of the inventory that nothing maps: only descriptors lead to them.
+    unmapped: Vec<((u64, u64), crate::image::Object, File)>,
+}
+
+impl Rounds {
+    /// Starts from the inventory. `cache`: what that has learnt.
+    pub fn new(root: i32, kind: track::Kind, inventory: &Dumped, mut cache: Cache) -> io::Result<Rounds> {
+        cache.tracked = true;
+        let mapped = mapped_objects(&inventory.tree);
+        let mut unmapped = Vec::new();
+        for (i, ((o, key), fd)) in inventory
+            .tree
+            .objects
+            .iter()
+            .zip(&inventory.object_keys)
+            .zip(&inventory.object_fds)
+            .enumerate()
+        {
+            if !mapped.contains(&(i as u32)) {
+                unmapped.push((*key, o.clone(), File::from(fd.try_clone()?)));
+            }
+        }
+        Ok(Rounds {
+            root,
+            host: inventory.tree.host.clone(),
+            kind,
+            cache,
+            tracks: Tracks {
+                spaces: HashMap::new(),
+                objects: HashMap::new(),
+                contents: Contents::default(),
+                next_space: 0,
+                next_object: OBJECT_SPACE,
+                told: None,
+                before: None,
+                drops: Vec::new(),
+                unmapped,
+            },
+        })
+    }
+
+    /// The cache for reading the tree, and the rest.
+    pub fn split(&mut self) -> (&mut Cache, &mut Tracks) {
+        (&mut self.cache, &mut self.tracks)
+    }
+
+    /// The round that the last look prepared was sent.
+    pub fn sent(&mut self) {
+        self.tracks.drops.clear();
+    }
+
+    /// The round that the last look prepared is not going to be sent.
+    pub fn unsent(&mut self, p: &Prepared) {
+        let t = &mut self.tracks;
+        if let Some(before) = t.before.take() {
+            t.told = before;
+        }
+        let pages: Vec<(u32, u64, u64)> = p
+            .plans
+            .iter()
+            .flat_map(|(plan, _)| plan.ranges.iter().map(|r| (plan.space, r.0, r.1)))
+            .collect();
+        self.missed(&pages);
+    }
+
+    /// Pages that a round planned and could not read: still owed.
+    pub fn missed(&mut self, pages: &[(u32, u64, u64)]) {
+        for (name, start, end) in pages {
+            if *name >= OBJECT_SPACE {
+                self.tracks.contents.forget_pages(*name, *start, *end);
+                continue;
+            }
+            if let Some(s) = self.tracks.spaces.values_mut().find(|s| s.name == *name) {
+                s.held.remove(*start, *end);
+                s.owed.insert(*start, *end);
+            }
+        }
+    }
+
+    /// Looks at the tree: what has changed since the last look becomes the next round. Runs on the tracer thread.
+    pub fn look(&mut self) -> io::Result<Prepared> {
+        let stops = self.kind == track::Kind::SoftDirty;
+        let mut frozen = None;
+        if stops {
+            frozen = Some(Frozen::freeze(self.root, Duration::from_secs(5)).map_err(io::Error::other)?);
+        }
+        let d = self.outline()?;
+        let mut untracked = Vec::new();
+        if !stops {
+            untracked = self.attach(&d);
+        }
+        let mut p = self.scan(&d)?;
+        p.stopped = frozen.as_ref().map_or(Duration::ZERO, |f| f.since.elapsed());
+        drop(frozen);
+        self.tracks.objects(&d, &mut p)?;
+        p.untracked = untracked;
+        Ok(p)
+    }
+
+    fn outline(&mut self) -> io::Result<Dumped> {
+        let mut tries = 0;
+        let mut d = loop {
+            match dump::tree::outline(self.root, self.host.clone(), &mut self.cache) {
+                Ok(d) => match d.tree.validate() {
+                    Ok(()) => break d,
+                    Err(e) if tries >= TRIES => return Err(io::Error::other(e)),
+                    Err(_) => {}
+                },
+                Err(e) if tries >= TRIES => return Err(io::Error::other(e)),
+                Err(_) => {}
+            }
+            tries += 1;
+            std::thread::sleep(Duration::from_micros(u64::from(tries) * 200));
+        };
+        self.cache.keep(&d.pids);
+        for (key, o, f) in &self.tracks.unmapped {
+            if !d.object_keys.contains(key) {
+                d.object_keys.push(*key);
+                d.tree.objects.push(o.clone());
+                d.object_fds.push(f.try_clone()?.into());
+            }
+        }
+        Ok(d)
+    }
+
+    /// Gives every process that has none a tracker; returns those that cannot have one.
+    fn attach(&mut self, d: &Dumped) -> Vec<String> {
+        let mut untracked = Vec::new();
+        let mut wanted: Vec<i32> = Vec::new();
+        for ((p, pid), started) in d.tree.processes.iter().zip(&d.pids).zip(&d.started) {
+            let known = self.tracks.spaces.get(&(*pid, *started)).and_then(|s| s.tracker.as_ref());
+            if p.zombie.is_none() && known.is_none_or(|t| !t.alive()) {
+                wanted.push(*pid);
+            }
+        }
+        // All of the tree at once in the first round, later each newcomer by itself.
+        let together = wanted.len() == d.pids.len();
+        let groups: Vec<Vec<i32>> = if together {
+            vec![wanted]
+        } else {
+            wanted.into_iter().map(|p| vec![p]).collect()
+        };
+        for group in groups.into_iter().filter(|g| !g.is_empty()) {
+            match Frozen::freeze(group[0], Duration::from_secs(5)) {
+                Ok(mut f) => {
+                    for pid in group {
+                        match userfault(&mut f, pid) {
+                            Ok(t) => {
+                                if let Some(i) = d.pids.iter().position(|p| *p == pid) {
+                                    let s = self.tracks.renew(pid, d.started[i]);
+                                    s.tracker = Some(Box::new(t));
+                                }
+                            }
+                            Err(e) => untracked.push(format!("process {pid} cannot be tracked: {e}")),
+                        }
+                    }
+                }
+                // Ended meanwhile, most likely.
+                Err(e) => tracing::debug!(pid = group[0], error = %e, "not tracked"),
+            }
+        }
+        untracked
+    }
+
+    fn scan(&mut self, d: &Dumped) -> io::Result<Prepared> {
+        let soft = self.kind == track::Kind::SoftDirty;
+        let t = &mut self.tracks;
+        if soft {
+            for ((p, pid), started) in d.tree.processes.iter().zip(&d.pids).zip(&d.started) {
+                let known = t.spaces.get(&(*pid, *started)).and_then(|s| s.tracker.as_ref());
+                if p.zombie.is_none() && known.is_none_or(|t| !t.alive()) {
+                    let s = t.renew(*pid, *started);
+                    s.tracker = Some(Box::new(SoftDirty::new(*pid)?));
+                }
+            }
+        }
+        let names = t.name(d);
+        t.forget(d);
+        t.account(&d.tree, &names);
+        let mut out = Prepared {
+            tree: None,
+            names: names.clone(),
+            drops: Vec::new(),
+            plans: Vec::new(),
+            dirty: 0,
+            hot: 0,
+            dirtied: 0,
+            stopped: Duration::ZERO,
+            untracked: Vec::new(),
+        };
+        for ((p, pid), started) in d.tree.processes.iter().zip(&d.pids).zip(&d.started) {
+            let Some(s) = t.spaces.get_mut(&(*pid, *started)).filter(|_| p.zombie.is_none()) else {
+                continue;
+            };
+            let Some(mut tracker) = s.tracker.take() else { continue };
+            let mut dirty = PageSet::new();
+            let mut private = PageSet::new();
+            let mut gone = false;
+            for v in d.tree.mms[p.mm as usize].vmas.iter().filter(|v| track::has_private_pages(v)) {
+                private.insert(v.start, v.end);
+                match tracker.scan(v, &s.held, false) {
+                    Ok(scan) => {
+                        if scan.fresh {
+                            s.void(v.start, v.end, &mut t.drops);
+                        }
+                        for &(a, b) in scan.gone.ranges() {
+                            s.void(a, b, &mut t.drops);
+                        }
+                        dirty.extend(&scan.dirty);
+                    }
+                    Err(TrackError::Gone) => {
+                        gone = true;
+                        break;
+                    }
+                    Err(TrackError::Changed) => s.void(v.start, v.end, &mut t.drops),
+                    Err(TrackError::Io(e)) => return Err(e),
+                }
+            }
+            if gone {
+                // It has ended or runs another program: the next look will see.
+                s.held.clear();
+                s.owed.clear();
+                continue;
+            }
+            tracker.arm()?;
+            s.tracker = Some(tracker);
+            out.dirtied += dirty.bytes();
+            s.owed.extend(&dirty);
+            // What is not mapped any more is owed to nobody, and lost at the other side too.
+            s.owed = s.owed.intersection(&private);
+            s.held = s.held.intersection(&private);
+            let mut hot = PageSet::new();
+            if s.recent.len() >= HOT - 1 {
+                hot = s.recent.iter().fold(dirty.clone(), |hot, r| hot.intersection(r));
+            }
+            s.recent.insert(0, dirty);
+            s.recent.truncate(HOT - 1);
+            let send = s.owed.difference(&hot);
+            out.dirty += s.owed.bytes();
+            out.hot += hot.bytes();
+            if send.is_empty() {
+                continue;
+            }
+            let plan = plan(s.name, &send, &d.tree.mms[p.mm as usize].vmas);
+            match Mem::open(*pid) {
+                Ok(m) => out.plans.push((plan, Reader::Process(m))),
+                Err(_) => continue,
+            }
+            s.owed.subtract(&send);
+            s.held.extend(&send);
+        }
+        let changed = t.told.as_ref().is_none_or(|(tree, n)| *n != names || !same_shape(tree, &d.tree));
+        t.before = None;
+        if changed {
+            out.tree = Some(d.tree.clone());
+            t.before = Some(t.told.replace((d.tree.clone(), names)));
+        }
+        Ok(out)
+    }
+}
+
+/// Whether a skeleton of one tree is one of the other.
+fn same_shape(a: &Tree, b: &Tree) -> bool {
+    let process = |p: &crate::image::Process| (p.pid, p.parent, p.pgid, p.sid, p.zombie, p.mm);
+    a.objects == b.objects
+        && a.mms.len() == b.mms.len()
+        && a.mms.iter().zip(&b.mms).all(|(x, y)| x.vmas == y.vmas && x.exe == y.exe)
+        && a.processes.len() == b.processes.len()
+        && a.processes.iter().zip(&b.processes).all(|(x, y)| {
+            process(x) == process(y) && x.threads.len() == y.threads.len() && x.threads.iter().zip(&y.threads).all(|(s, t)| s.tid == t.tid)
+        })
+}
+
+fn mapped_objects(tree: &Tree) -> HashSet<u32> {
+    let all = tree.mms.iter().flat_map(|m| &m.vmas);
+    all.filter_map(|v| match v.backing {
+        crate::image::Backing::Object { object, .. } => Some(object),
+        _ => None,
+    })
+    .collect()
+}
+
+/// The ranges of a set, cut at mapping borders: the other side writes mapping by mapping.
+fn plan(space: u32, set: &PageSet, vmas: &[crate::image::Vma]) -> SpacePlan {
+    let mut ranges = Vec::new();
+    let mut k = 0;
+    for &(a, b) in set.ranges() {
+        let mut at = a;
+        while at < b {
+            while vmas.get(k).is_some_and(|v| v.end <= at) {
+                k += 1;
+            }
+            let Some(v) = vmas.get(k).filter(|v| v.start < b) else { break };
+            at = at.max(v.start);
+            let end = b.min(v.end);
+            ranges.push((at, end));
+            at = end;
+        }
+    }
+    SpacePlan { space, ranges }
+}
+
+impl Tracks {
+    /// A process with an address space that nothing is known of.
+    fn renew(&mut self, pid: i32, started: u64) -> &mut Space {
+        let name = self.next_space;
+        self.next_space += 1;
+        let entry = self.spaces.entry((pid, started));
+        let s = entry.insert_entry(Space::new(name));
+        s.into_mut()
+    }
+
+    /// Names for all address spaces and objects of a tree.
+    fn name(&mut self, d: &Dumped) -> Names {
+        let mut names = Names {
+            spaces: vec![0; d.tree.mms.len()],
+            objects: Vec::new(),
+        };
+        for ((p, pid), started) in d.tree.processes.iter().zip(&d.pids).zip(&d.started) {
+            if p.zombie.is_some() {
+                continue;
+            }
+            let name = match self.spaces.get(&(*pid, *started)) {
+                // The program was exchanged: it has another address space.
+                Some(s) if s.tracker.as_ref().is_some_and(|t| !t.alive()) => self.renew(*pid, *started).name,
+                Some(s) => s.name,
+                None => self.renew(*pid, *started).name,
+            };
+            names.spaces[p.mm as usize] = name;
+        }
+        for key in &d.object_keys {
+            let next = &mut self.next_object;
+            let name = *self.objects.entry(*key).or_insert_with(|| {
+                *next += 1;
+                *next - 1
+            });
+            names.objects.push(name);
+        }
+        names
+    }
+
+    /// Forgets what is no more.
+    fn forget(&mut self, d: &Dumped) {
+        let live: HashSet<(i32, u64)> = d.pids.iter().copied().zip(d.started.iter().copied()).collect();
+        self.spaces.retain(|k, _| live.contains(k));
+        let objects: HashSet<(u64, u64)> = d.object_keys.iter().copied().collect();
+        let contents = &mut self.contents;
+        self.objects.retain(|k, name| {
+            let keep = objects.contains(k);
+            if !keep {
+                contents.forget(*name);
+            }
+            keep
+        });
+    }
+
+    /// Takes into account what the destination loses by becoming this tree.
+    fn account(&mut self, tree: &Tree, names: &Names) {
+        let Some((old, old_names)) = &self.told else { return };
+        let losses = shape::losses(old_names.of(old), names.of(tree));
+        for s in self.spaces.values_mut() {
+            if losses.all {
+                s.lose(0, u64::MAX & !(PAGE - 1));
+            }
+            let name = s.name;
+            for (_, a, b) in losses.ranges.iter().filter(|r| r.0 == name) {
+                s.lose(*a, *b);
+            }
+        }
+        if losses.all {
+            self.contents.forget_all();
+        }
+    }
+
+    /// Shared memory of a running tree, by content.
+    fn objects(&mut self, d: &Dumped, out: &mut Prepared) -> io::Result<()> {
+        for ((o, fd), name) in d.tree.objects.iter().zip(&d.object_fds).zip(&out.names.objects) {
+            let file = File::from(fd.try_clone()?);
+            let changed = self.contents.changed(*name, &file, o.size)?;
+            self.drops.extend(changed.gone.ranges().iter().map(|r| (*name, r.0, r.1)));
+            if changed.dirty.is_empty() {
+                continue;
+            }
+            out.dirty += changed.dirty.bytes();
+            out.dirtied += changed.dirty.bytes();
+            let plan = SpacePlan {
+                space: *name,
+                ranges: changed.dirty.ranges().to_vec(),
+            };
+            out.plans.push((plan, Reader::Object(file)));
+        }
+        out.drops.clone_from(&self.drops);
+        Ok(())
+    }
+
+    /// The last look, at the frozen tree.
+    pub fn last(&mut self, d: &Dumped) -> io::Result<Last> {
+        let names = self.name(d);
+        self.account(&d.tree, &names);
+        let mut out = Last {
+            names: names.clone(),
+            guards: vec![Vec::new(); d.tree.mms.len()],
+            drops: self.drops.clone(),
+            ..Default::default()
+        };
+        for ((p, pid), started) in d.tree.processes.iter().zip(&d.pids).zip(&d.started) {
+            if p.zombie.is_some() {
+                continue;
+            }
+            let mm = &d.tree.mms[p.mm as usize];
+            let (whole, all_guards) = match self.spaces.get_mut(&(*pid, *started)) {
+                Some(s) if s.tracker.is_some() => s.last(&mm.vmas, &mut out.drops)?,
+                // Never looked at: everything.
+                other => {
+                    let name = other.map_or(names.spaces[p.mm as usize], |s| s.name);
+                    let (mut plan, guards) = crate::dump::pages::plan_mm(*pid, name, mm)?;
+                    plan.space = name;
+                    out.plans.push(plan);
+                    out.guards[p.mm as usize] = guards;
+                    continue;
+                }
+            };
+            out.guards[p.mm as usize] = Last::ranges(&all_guards);
+            out.plans.push(plan(names.spaces[p.mm as usize], &whole, &mm.vmas));
+        }
+        for ((o, fd), name) in d.tree.objects.iter().zip(&d.object_fds).zip(&names.objects) {
+            let changed = self.contents.changed(*name, &File::from(fd.try_clone()?), o.size)?;
+            out.drops.extend(changed.gone.ranges().iter().map(|r| (*name, r.0, r.1)));
+            out.plans.push(SpacePlan {
+                space: *name,
+                ranges: changed.dirty.ranges().to_vec(),
+            });
+        }
+        Ok(out)
+    }
+}
+
+impl Space {
+    /// (pages to send, guard regions).
+    fn last(&mut self, vmas: &[crate::image::Vma], drops: &mut Vec<(u32, u64, u64)>) -> io::Result<(PageSet, PageSet)> {
+        let Some(tracker) = self.tracker.as_mut() else {
+            return Ok(Default::default());
+        };
+        let (mut send, mut guards, mut private) = (PageSet::new(), PageSet::new(), PageSet::new());
+        for v in vmas.iter().filter(|v| track::has_private_pages(v)) {
+            private.insert(v.start, v.end);
+            let scan = tracker.scan(v, &self.held, true).map_err(io::Error::other)?;
+            let stale = if scan.fresh {
+                self.owed.remove(v.start, v.end);
+                self.held.clip(v.start, v.end).difference(&scan.dirty)
+            } else {
+                scan.gone
+            };
+            self.owed.subtract(&stale);
+            drops.extend(stale.ranges().iter().map(|r| (self.name, r.0, r.1)));
+            send.extend(&scan.dirty);
+            guards.extend(&scan.guards);
+        }
+        send.extend(&self.owed.intersection(&private));
+        send.subtract(&guards);
+        Ok((send, guards))
+    }
+}
+
+/// Has a stopped process make a userfaultfd, and takes it.
+fn userfault(f: &mut Frozen, pid: i32) -> io::Result<WpAsync> {
+    let mut tries = 0;
+    loop {
+        let i = f
+            .procs
+            .iter()
+            .position(|p| p.pid == pid && !p.is_zombie() && p.tasks[0].tid == pid)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has ended"))?;
+        match ask_userfault(f, i) {
+            Err(Ask::Inject(InjectError::Signal { tid, signal })) if tries < 100 => {
+                tries += 1;
+                f.deliver(tid, signal)?;
+            }
+            Err(Ask::Inject(e)) => return Err(io::Error::other(e)),
+            Err(Ask::Io(e)) => return Err(e),
+            Ok(t) => return Ok(t),
+        }
+    }
+}
+
+enum Ask {
+    Inject(InjectError),
+    Io(io::Error),
+}
+
+impl From<InjectError> for Ask {
+    fn from(e: InjectError) -> Self {
+        Ask::Inject(e)
+    }
+}
+
+impl From<io::Error> for Ask {
+    fn from(e: io::Error) -> Self {
+        Ask::Io(e)
+    }
+}
+
+fn ask_userfault(f: &mut Frozen, i: usize) -> Result<WpAsync, Ask> {
+    use crate::arch::pilot::Record;
+    let p = &f.procs[i];
+    let pid = p.pid;
+    let inner = p
+        .tasks
+        .iter()
+        .map(|t| status::read_task(pid, t.tid).map(|s| s.inner_pid()))
+        .collect::<io::Result<Vec<_>>>()?;
+    let inj = Injector::attach(p, &maps::maps(pid)?, &inner)?;
+    let run = |record: Record| -> Result<i64, InjectError> {
+        let mut batches = vec![Vec::new(); p.tasks.len()];
+        batches[0] = vec![record];
+        Ok(inj.run(&p.tasks, &batches)?[0].ret[0])
+    };
+    let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
+    let made = run(Record::new(libc::SYS_userfaultfd, &[flags]));
+    let taken = match made {
+        Ok(fd) if fd >= 0 => {
+            let taken = WpAsync::new(pid, fd as i32).map_err(Ask::Io);
+            // A signal in between ends the batch, not the need for this.
+            let mut closed = run(Record::new(libc::SYS_close, &[fd as u64]));
+            for _ in 0..20 {
+                if closed.is_ok() {
+                    break;
+                }
+                closed = run(Record::new(libc::SYS_close, &[fd as u64]));
+            }
+            closed.map_err(Ask::Inject).and(taken)
+        }
+        Ok(e) => Err(Ask::Io(io::Error::from_raw_os_error(-e as i32))),
+        Err(e) => Err(Ask::Inject(e)),
+    };
+    inj.leave(&mut f.procs[i].tasks[0])?;
+    taken
+}

@@ -1,0 +1,179 @@
+//! Pages on their way: read by a thread of its own, framed, compressed where that pays, held to the bandwidth limit.
+
+use super::{freeze, freeze::Snapshot, rounds::Prepared};
+use crate::{
+    dump::pages::{self, Batch, Reader, SpacePlan},
+    plan,
+    report::{Event, Events, Round},
+    wire::{self, Applied, Message, RoundStart, State, WireError},
+};
+use migrate_transport::{Encoding, Link, PageSender, sample_compression};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
+
+/// What a transfer goes by.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
+    /// Bytes a second at most.
+    pub bandwidth: Option<u64>,
+    /// Bytes a second that the link was seen to carry; 0: unknown.
+    pub rate: f64,
+}
+
+/// Pages a round wanted and could not read: (space, start, end).
+pub type Missed = Vec<(u32, u64, u64)>;
+
+/// Bytes from which a round is worth a sample for compression.
+const WORTH_SAMPLING: u64 = 4 << 20;
+/// What a round's bytes are sampled with.
+const SAMPLES: u64 = 16;
+
+/// Sends a prepared round, and waits until the destination has it in place.
+pub async fn round<L: Link>(
+    link: &mut L,
+    number: u32,
+    p: Prepared,
+    terms: Terms,
+    events: &Events,
+) -> Result<(Round, Applied, Missed), WireError> {
+    let start = Instant::now();
+    let before = link.bytes_sent();
+    let total: u64 = p.plans.iter().map(|(plan, _)| plan.bytes()).sum();
+    let begin = RoundStart {
+        number,
+        tree: p.tree,
+        names: p.names,
+        drops: p.drops,
+        bytes: total,
+    };
+    wire::send(link, &Message::Round(Box::new(begin))).await?;
+    let (mut round, missed) = send_pages(link, p.plans, total, number, false, terms, events).await?;
+    let applied = match wire::recv(link).await? {
+        Message::Applied(a) if a.number == number => a,
+        Message::Aborted(reason) => return Err(WireError::Protocol(format!("that it gave up: {reason}"))),
+        other => {
+            return Err(WireError::Protocol(format!(
+                "{} instead of the end of round {number}",
+                other.name()
+            )));
+        }
+    };
+    if (applied.pages, applied.zero) != (round.pages, round.zero_pages) {
+        return Err(WireError::Protocol(format!(
+            "that it has {} pages and {} zero pages of round {number}; {} and {} were sent",
+            applied.pages, applied.zero, round.pages, round.zero_pages
+        )));
+    }
+    round.bytes = link.bytes_sent() - before;
+    round.ms = start.elapsed().as_secs_f64() * 1000.0;
+    Ok((round, applied, missed))
+}
+
+/// Sends the state and every page of the frozen tree that is not at the destination yet.
+pub async fn last<L: Link>(
+    link: &mut L,
+    snap: &Snapshot,
+    verify: bool,
+    number: u32,
+    terms: Terms,
+    events: &Events,
+) -> Result<Round, WireError> {
+    let start = Instant::now();
+    let total: u64 = snap.plans.iter().map(SpacePlan::bytes).sum();
+    let before = link.bytes_sent();
+    let mut readers = Vec::new();
+    for plan in &snap.plans {
+        let reader = freeze::open_reader(plan.space, snap)
+            .map_err(|e| WireError::Protocol(format!("nothing: cannot read the tree's memory: {e}")))?;
+        readers.push((plan.clone(), reader));
+    }
+    let state = State {
+        tree: snap.tree.clone(),
+        names: snap.names.clone(),
+        drops: snap.drops.clone(),
+        guards: snap.guards.clone(),
+        bytes: total,
+        verify,
+    };
+    wire::send(link, &Message::State(Box::new(state))).await?;
+    let (mut round, _) = send_pages(link, readers, total, number, true, terms, events).await?;
+    round.bytes = link.bytes_sent() - before;
+    round.ms = start.elapsed().as_secs_f64() * 1000.0;
+    events(Event::Round(round));
+    Ok(round)
+}
+
+/// `strict`: the tree is frozen, and every page can be read.
+async fn send_pages<L: Link>(
+    link: &mut L,
+    readers: Vec<(SpacePlan, Reader)>,
+    total: u64,
+    number: u32,
+    strict: bool,
+    terms: Terms,
+    events: &Events,
+) -> Result<(Round, Missed), WireError> {
+    let start = Instant::now();
+    let before = link.bytes_sent();
+    let mut round = Round::default();
+    if total == 0 {
+        return Ok((round, Vec::new()));
+    }
+    let mut stream = link.open_pages().await?;
+    let (tx, mut rx) = tokio::sync::mpsc::channel::<io::Result<Batch>>(16);
+    let worker = tokio::task::spawn_blocking(move || {
+        let mut missed = Vec::new();
+        for (plan, reader) in readers {
+            let mut sink = |b| tx.blocking_send(Ok(b)).is_ok();
+            let r = if strict {
+                pages::read_plan(&plan, &reader, &mut sink)
+            } else {
+                pages::read_running(&plan, &reader, &mut missed, &mut sink)
+            };
+            if let Err(e) = r {
+                let _ = tx.blocking_send(Err(e));
+                break;
+            }
+        }
+        missed
+    });
+    let mut sampled = total < WORTH_SAMPLING || terms.rate <= 0.0;
+    let mut done = 0u64;
+    let mut last = Instant::now();
+    while let Some(batch) = rx.recv().await {
+        let batch = batch.map_err(|e| WireError::Protocol(format!("nothing: reading the tree's memory failed: {e}")))?;
+        if !sampled && batch.pages >= SAMPLES {
+            sampled = true;
+            let (ratio, rate) = sample_compression(&batch.data);
+            let cores_shared = std::thread::available_parallelism().is_ok_and(|n| n.get() <= 2) && terms.bandwidth.is_none();
+            if plan::compress_pays(ratio, rate, terms.rate, cores_shared) {
+                stream.set_encoding(Encoding::Zstd);
+            }
+        }
+        stream.send(&batch.runs, batch.data).await?;
+        round.pages += batch.pages;
+        round.zero_pages += batch.zero;
+        done += (batch.pages + batch.zero) * crate::image::PAGE;
+        if last.elapsed() > Duration::from_millis(100) {
+            last = Instant::now();
+            let rate = (done as f64 / start.elapsed().as_secs_f64()) as u64;
+            events(Event::Progress {
+                round: number,
+                bytes: done,
+                total,
+                rate,
+            });
+        }
+        if let Some(limit) = terms.bandwidth {
+            let due = Duration::from_secs_f64((link.bytes_sent() - before) as f64 / limit as f64);
+            if let Some(early) = due.checked_sub(start.elapsed()) {
+                tokio::time::sleep(early).await;
+            }
+        }
+    }
+    let missed = worker.await.unwrap_or_default();
+    stream.finish().await?;
+    Ok((round, missed))
+}

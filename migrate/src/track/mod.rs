@@ -1,0 +1,104 @@
+//! Which pages a process has written since they were last sent.
+//!
+//! Two ways, chosen at run time: [`wp_async`] (userfaultfd with asynchronous write protection and PAGEMAP_SCAN, Linux 6.7) and [`soft_dirty`]
+//! (CONFIG_MEM_SOFT_DIRTY). Both answer the same question for one mapping at a time, [`Tracker::scan`]; the caller keeps which pages the
+//! destination holds and tells the tracker, so that memory that has vanished is noticed.
+//!
+//! | | wp-async | soft-dirty |
+//! |---|---|---|
+//! | stops the process | once, to make the descriptor | at every round, to read and clear at one moment |
+//! | cost of a clean GiB | 0.3 to 0.6 ms | 3 to 10 ms |
+//! | a new mapping shows as | not registered (EPERM) | all of it dirty |
+//! | dropped anonymous pages show as | not armed | absent |
+//!
+//! Neither sees writes through another address space, by write(2) on a descriptor, or holes punched into shared memory. Those objects are
+//! compared by content instead: [`crate::source::objects`].
+
+pub mod soft_dirty;
+pub mod wp_async;
+
+use crate::{
+    image::{Backing, Vma},
+    pages::PageSet,
+};
+use std::io;
+
+/// Which way is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// userfaultfd WP_ASYNC where the kernel has it, else soft-dirty.
+    #[default]
+    Auto,
+    /// userfaultfd with asynchronous write protection.
+    WpAsync,
+    /// clear_refs and pagemap.
+    SoftDirty,
+}
+
+/// What a look at one mapping found.
+#[derive(Debug, Default)]
+pub struct Scan {
+    /// Pages with private content written since the last look (or ever, when the mapping is new), to be sent.
+    pub dirty: PageSet,
+    /// Pages the destination holds that have no private content any more: zeros, or the file's content.
+    pub gone: PageSet,
+    /// Guard regions seen now.
+    pub guards: PageSet,
+    /// The mapping was not tracked before: whatever the destination holds of it is stale.
+    pub fresh: bool,
+}
+
+/// Why a mapping could not be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackError {
+    /// The address space is gone: the process ended or called execve(2).
+    #[error("its address space is gone")]
+    Gone,
+    /// The mapping changed under the look; what is known of it is void.
+    #[error("the mapping changed meanwhile")]
+    Changed,
+    /// Anything else.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Tracks one address space. Dropped, it leaves nothing behind in the process.
+pub trait Tracker: Send + std::fmt::Debug {
+    /// Looks at one mapping. `held`: what the destination holds of this address space. While the process runs (`last` false) the pages found are
+    /// armed, so that the next look shows what was written since this one. `last`: everything is stopped, nothing is armed.
+    fn scan(&mut self, vma: &Vma, held: &PageSet, last: bool) -> Result<Scan, TrackError>;
+
+    /// Called when all mappings were looked at, still within the stop if there is one: soft-dirty bits are cleared here.
+    fn arm(&mut self) -> io::Result<()>;
+
+    /// Whether the process has to be stopped from the first [`Tracker::scan`] of a round to [`Tracker::arm`].
+    fn stops(&self) -> bool;
+
+    /// Whether the address space it was made for still exists.
+    fn alive(&self) -> bool;
+}
+
+/// Whether pages of this mapping are sent at all: private, and not the kernel's own.
+pub fn has_private_pages(v: &Vma) -> bool {
+    !v.shared && !matches!(v.backing, Backing::Special(_))
+}
+
+/// Whether an untouched page of this mapping shows a file rather than zeros.
+pub fn over_file(v: &Vma) -> bool {
+    !v.shared && !matches!(v.backing, Backing::Special(_) | Backing::Anonymous)
+}
+
+/// The kind that `wanted` comes to on this host. Err: why it cannot be had.
+pub fn choose(wanted: Kind) -> Result<Kind, String> {
+    let wp = wp_async::available;
+    let soft = soft_dirty::available;
+    match wanted {
+        Kind::WpAsync if wp() => Ok(Kind::WpAsync),
+        Kind::WpAsync => Err("this kernel has no userfaultfd with WP_ASYNC and PAGEMAP_SCAN (Linux 6.7)".into()),
+        Kind::SoftDirty if soft() => Ok(Kind::SoftDirty),
+        Kind::SoftDirty => Err("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)".into()),
+        Kind::Auto if wp() => Ok(Kind::WpAsync),
+        Kind::Auto if soft() => Ok(Kind::SoftDirty),
+        Kind::Auto => Err("this kernel has neither userfaultfd WP_ASYNC nor soft-dirty bits".into()),
+    }
+}

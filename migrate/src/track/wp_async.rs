@@ -1,0 +1,228 @@
+//! userfaultfd with asynchronous write protection (UFFD_FEATURE_WP_ASYNC) and PAGEMAP_SCAN (Documentation/admin-guide/mm/userfaultfd.rst and
+//! pagemap.rst, Linux 6.7).
+//!
+//! The descriptor has to belong to the process it tracks, so it is made there by an injected call and taken by pidfd_getfd(2); all else is done
+//! from outside while the process runs. Reading what was written and arming it again is one atomic call, so no round stops anything.
+//!
+//! - A mapping that appeared since is not registered: the scan answers EPERM. By then it may have armed some pages, so the whole mapping
+//!   counts as new: registered, and everything in it sent.
+//! - Pages dropped by MADV_DONTNEED are holes again, and holes are not armed: the last look asks for everything that is not armed, which is
+//!   also the kernel's fast way. Asking it over a large reserve would report all of that reserve, so only blocks in which the destination
+//!   holds pages are looked at like that; in the others whatever is populated is new.
+//! - A private page over a file that was dropped shows the file again, present and unarmed or not there at all: the pages held are looked at one
+//!   by one.
+
+use super::{Scan, TrackError, Tracker, over_file};
+use crate::{
+    image::Vma,
+    pages::PageSet,
+    sys::{
+        pagemap::{Pagemap, Range},
+        uffd::{self, Userfault},
+    },
+};
+use std::{io, sync::OnceLock};
+
+/// Tracks one address space.
+#[derive(Debug)]
+pub struct WpAsync {
+    pagemap: Pagemap,
+    uffd: Userfault,
+    /// Guard regions seen in rounds: once armed, the fast scan does not show them.
+    guards: PageSet,
+    /// Ranges whose look failed after it may have armed something: looked at as if new.
+    void: PageSet,
+}
+
+/// What one page table covers: held pages are looked for by such blocks.
+const BLOCK: u64 = 2 << 20;
+
+impl WpAsync {
+    /// `fd`: the number that userfaultfd(2) returned inside process `pid`. The caller closes it there.
+    pub fn new(pid: i32, fd: i32) -> io::Result<WpAsync> {
+        Ok(WpAsync {
+            pagemap: Pagemap::open(pid)?,
+            uffd: Userfault::take(pid, fd)?,
+            guards: PageSet::new(),
+            void: PageSet::new(),
+        })
+    }
+
+    fn note(&mut self, found: &[Range], over_file: bool, scan: &mut Scan) {
+        for r in found {
+            if r.guard {
+                scan.guards.insert(r.start, r.end);
+                self.guards.insert(r.start, r.end);
+            } else if !(over_file && r.file) {
+                scan.dirty.insert(r.start, r.end);
+            }
+        }
+    }
+
+    fn round(&mut self, vma: &Vma, held: &PageSet) -> Result<Scan, TrackError> {
+        let mut scan = Scan::default();
+        let mut found = Vec::new();
+        match self.pagemap.take_written(vma.start, vma.end, &mut found) {
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
+                scan.fresh = true;
+                self.guards.remove(vma.start, vma.end);
+                self.uffd.register(vma.start, vma.end).map_err(changed)?;
+                found.clear();
+                self.pagemap.take_written(vma.start, vma.end, &mut found).map_err(changed)?;
+            }
+            r => r.map_err(changed)?,
+        }
+        self.note(&found, over_file(vma), &mut scan);
+        if self.void.overlaps(vma.start, vma.end) {
+            self.void.remove(vma.start, vma.end);
+            let whole = self.whole(vma, held)?;
+            scan = Scan {
+                gone: PageSet::new(),
+                ..whole
+            };
+        }
+        if over_file(vma) {
+            // Dropped pages of a private file mapping show the file again: seen here as well as at the last look, so that the lists stay short.
+            scan.gone = self.reverted(vma, held)?;
+            scan.dirty.subtract(&scan.gone);
+        }
+        Ok(scan)
+    }
+
+    /// Held pages of a private file mapping that are not private any more.
+    fn reverted(&self, vma: &Vma, held: &PageSet) -> Result<PageSet, TrackError> {
+        let held = held.clip(vma.start, vma.end);
+        let mut private = PageSet::new();
+        for &(a, b) in held.ranges() {
+            let mut found = Vec::new();
+            self.pagemap.populated(a, b, &mut found).map_err(changed)?;
+            found
+                .iter()
+                .filter(|r| !r.file && !r.guard)
+                .for_each(|r| private.insert(r.start, r.end));
+        }
+        Ok(held.difference(&private))
+    }
+
+    fn last(&mut self, vma: &Vma, held: &PageSet) -> Result<Scan, TrackError> {
+        let mut scan = Scan::default();
+        let over_file = over_file(vma);
+        let mine = held.clip(vma.start, vma.end);
+        if self.void.overlaps(vma.start, vma.end) {
+            return self.whole(vma, &mine);
+        }
+        if over_file {
+            // Small: what a library's data pages are.
+            let mut found = Vec::new();
+            match self.pagemap.take_written(vma.start, vma.end, &mut found) {
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => return self.whole(vma, &mine),
+                r => r.map_err(changed)?,
+            }
+            self.note(&found, true, &mut scan);
+            scan.gone = self.reverted(vma, held)?;
+            scan.dirty.subtract(&scan.gone);
+            return Ok(scan);
+        }
+        let blocks = blocks(&mine, vma);
+        let mut open = Vec::new();
+        for &(a, b) in blocks.ranges() {
+            match self.pagemap.unarmed(a, b, &mut open) {
+                Err(e) if e.raw_os_error() == Some(libc::EPERM) => return self.whole(vma, &mine),
+                r => r.map_err(changed)?,
+            }
+        }
+        let mut rest = PageSet::new();
+        rest.insert(vma.start, vma.end);
+        rest.subtract(&blocks);
+        rest.extend(&PageSet::from_ranges(open));
+        // What is not armed is content, a guard, or nothing any more.
+        let mut populated = PageSet::new();
+        let mut found = Vec::new();
+        rest.extend(&self.guards.clip(vma.start, vma.end));
+        for &(a, b) in rest.ranges() {
+            found.clear();
+            self.pagemap.populated(a, b, &mut found).map_err(changed)?;
+            for r in &found {
+                if r.guard {
+                    scan.guards.insert(r.start, r.end);
+                } else {
+                    populated.insert(r.start, r.end);
+                }
+            }
+        }
+        scan.gone = mine.intersection(&rest).difference(&populated);
+        scan.dirty = populated;
+        Ok(scan)
+    }
+
+    /// A mapping that is not registered, or not wholly: everything in it is new.
+    fn whole(&self, vma: &Vma, held: &PageSet) -> Result<Scan, TrackError> {
+        let mut scan = Scan {
+            fresh: true,
+            ..Default::default()
+        };
+        let mut found = Vec::new();
+        self.pagemap.populated(vma.start, vma.end, &mut found).map_err(changed)?;
+        let over_file = over_file(vma);
+        for r in &found {
+            if r.guard {
+                scan.guards.insert(r.start, r.end);
+            } else if !(over_file && r.file) {
+                scan.dirty.insert(r.start, r.end);
+            }
+        }
+        scan.gone = held.difference(&scan.dirty);
+        Ok(scan)
+    }
+}
+
+/// The blocks of a mapping in which pages are held.
+fn blocks(held: &PageSet, vma: &Vma) -> PageSet {
+    let mut out = PageSet::new();
+    for &(a, b) in held.ranges() {
+        out.insert((a & !(BLOCK - 1)).max(vma.start), b.next_multiple_of(BLOCK).min(vma.end));
+    }
+    out
+}
+
+fn changed(e: io::Error) -> TrackError {
+    match e.raw_os_error() {
+        Some(libc::ESRCH) => TrackError::Gone,
+        // Unmapped, replaced or split between the list of mappings and now.
+        Some(libc::EPERM | libc::EINVAL | libc::ENOENT | libc::EFAULT | libc::ENOMEM) => TrackError::Changed,
+        _ => TrackError::Io(e),
+    }
+}
+
+impl Tracker for WpAsync {
+    fn scan(&mut self, vma: &Vma, held: &PageSet, last: bool) -> Result<Scan, TrackError> {
+        if last {
+            return self.last(vma, held);
+        }
+        let r = self.round(vma, held);
+        if r.is_err() {
+            self.void.insert(vma.start, vma.end);
+        }
+        r
+    }
+
+    fn arm(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn stops(&self) -> bool {
+        false
+    }
+
+    fn alive(&self) -> bool {
+        self.pagemap.alive()
+    }
+}
+
+/// Whether this kernel has it.
+pub fn available() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    *HAS.get_or_init(|| {
+        uffd::features().is_ok_and(|f| f & uffd::WP_ASYNC != 0) && Pagemap::open(std::process::id() as i32).is_ok_and(|p| p.scan_works())
+    })
+}
