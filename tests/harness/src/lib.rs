@@ -21,7 +21,7 @@ mod tools;
 pub mod vm;
 mod wait;
 
-pub use agent::{mode, without_oracle, Moved, Receiver, Run, Tree};
+pub use agent::{Moved, Receiver, Run, Tree, mode, without_oracle};
 pub use client::{Answer, HttpClient, Redis};
 pub use guest::Guest;
 pub use host::{Command, Ended, Host, Proc, Process, Stdio};
