@@ -3,9 +3,10 @@
 # make demo     two hosts on this machine, two programs moved between them while a client keeps asking
 # make bench    the figures of the README
 # make chaos    agents killed at random instants, ten times as often as in the tests
+# make soak     a random workload of mappings moved 200 times, a million operations
 CARGO ?= cargo
 
-.PHONY: all build test demo bench chaos tools
+.PHONY: all build test demo bench chaos soak tools
 all: build
 
 build:
@@ -27,3 +28,6 @@ bench: tools
 
 chaos: tools
 	MIGRATE_CHAOS=10 $(CARGO) test --test failure -- --test-threads=1 --nocapture killed_at_random
+
+soak: tools
+	MIGRATE_SOAK=200 $(CARGO) test --test soak -- --test-threads=1 --nocapture

@@ -1,7 +1,8 @@
 //! The figures of the README, as a table: freeze as a program sees it, throughput against a plain QUIC connection, memory of the agents,
 //! scale.
 //!
-//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `throughput`, `memory`, `scale`; all of them without any. Rows are
+//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `precopy`, `growth`, `cost`, `redis`, `throughput`, `memory`, `scale`; all
+//! of them without any. Rows are
 //! printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle
 //! counts.
 
@@ -25,6 +26,18 @@ fn main() {
     println!("|---|---|---|");
     if wanted("freeze") {
         freeze();
+    }
+    if wanted("precopy") {
+        precopy();
+    }
+    if wanted("growth") {
+        growth();
+    }
+    if wanted("cost") {
+        cost();
+    }
+    if wanted("redis") {
+        redis();
     }
     if wanted("throughput") {
         throughput();
@@ -129,6 +142,151 @@ fn freeze() {
     row("freeze of the shell counter (sleep 0.01), as the agent says", "ms", counter);
     row("freeze of a small program, as it sees it itself", "ms", guest_seen);
     row("the same, as the agent says", "ms", guest_agent);
+}
+
+/// One migration of a program of `mib` MiB of random data that writes `rate` MB/s at random addresses: (its own longest gap, its longest gap
+/// in the same time before, the report).
+fn moved(mib: &str, rate: &str, more: &[&str]) -> (f64, f64, serde_json::Value) {
+    let hosts = hosts();
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", mib), ("rate", rate), ("rest-us", "50")]);
+    guest.reset_gap();
+    thread::sleep(Duration::from_millis(1500));
+    let idle = guest.gap().as_secs_f64() * 1e3;
+    guest.reset_gap();
+    let mut args = vec!["--mode", "pre-copy"];
+    args.extend(more);
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &args);
+    thread::sleep(Duration::from_millis(200));
+    (guest.gap().as_secs_f64() * 1e3, idle, moved.report)
+}
+
+fn number(report: &serde_json::Value, path: &str) -> f64 {
+    report.pointer(path).and_then(serde_json::Value::as_f64).unwrap_or(f64::NAN)
+}
+
+const PARTS: [&str; 6] = ["interrupt_ms", "collect_ms", "scan_ms", "transfer_ms", "restore_ms", "handover_ms"];
+
+/// Prints a row for a workload: the program's own longest gap, and beside it what the agent says.
+fn workload(mib: &str, rate: &str, runs: usize) -> f64 {
+    let (mut gaps, mut idle, mut agent, mut rounds, mut total, mut sent) = (vec![], vec![], vec![], vec![], vec![], vec![]);
+    let mut parts = vec![vec![]; PARTS.len()];
+    for _ in 0..runs {
+        let (gap, before, report) = moved(mib, rate, &[]);
+        gaps.push(gap);
+        idle.push(before);
+        agent.push(number(&report, "/downtime_ms"));
+        rounds.push(report["rounds"].as_array().map_or(0.0, |r| r.len() as f64));
+        total.push(number(&report, "/total_ms"));
+        sent.push(number(&report, "/bytes_sent") / 1e6);
+        for (part, name) in parts.iter_mut().zip(PARTS) {
+            part.push(number(&report, &format!("/downtime/{name}")));
+        }
+    }
+    let name = format!("{mib} MiB, {rate} MB/s");
+    let gap = row(&format!("{name}: longest gap of the program"), "ms", gaps);
+    row(&format!("{name}: the same without a migration"), "ms", idle);
+    row(&format!("{name}: freeze as the agent says"), "ms", agent);
+    for (part, what) in parts.into_iter().zip(PARTS) {
+        row(&format!("{name}: {what}"), "ms", part);
+    }
+    row(&format!("{name}: rounds"), "", rounds);
+    row(&format!("{name}: total"), "ms", total);
+    row(&format!("{name}: sent"), "MB", sent);
+    gap
+}
+
+fn precopy() {
+    for (mib, rate) in [("16", "50"), ("1024", "50"), ("4096", "50"), ("1024", "200")] {
+        workload(mib, rate, runs());
+    }
+}
+
+/// The freeze against the size, at 50 MB/s.
+fn growth() {
+    let sizes = ["256", "512", "1024", "2048", "4096", "8192"];
+    let gaps: Vec<f64> = sizes.iter().map(|mib| workload(mib, "50", runs().min(5))).collect();
+    let slope = (gaps[gaps.len() - 1] - gaps[0]) / (8192.0 - 256.0) * 1024.0 * 1000.0;
+    println!("| growth from 256 MiB to 8 GiB | {slope:.0} us a GiB | |");
+}
+
+/// What the rounds cost the program: its own speed before, while the rounds run, and beside a process that only keeps one core busy.
+fn cost() {
+    let (mut alone, mut shared, mut during) = (vec![], vec![], vec![]);
+    for _ in 0..runs() {
+        let hosts = hosts();
+        let guest = Guest::start(&hosts.a, "ballast", &[("mib", "1024"), ("dirty", "10"), ("rest-us", "0")]);
+        let speed = |time: Duration| {
+            let (beats, since) = (guest.pulse().beats, Instant::now());
+            thread::sleep(time);
+            (guest.pulse().beats - beats) as f64 / since.elapsed().as_secs_f64()
+        };
+        alone.push(speed(Duration::from_secs(1)));
+        let spinner = hosts.b.command(["busybox", "sh", "-c", "while true; do :; done"]).start();
+        let second = hosts.b.command(["busybox", "sh", "-c", "while true; do :; done"]).start();
+        shared.push(speed(Duration::from_secs(1)));
+        for s in [&spinner, &second] {
+            s.signal(nix::sys::signal::Signal::SIGKILL);
+        }
+        let receiver = hosts.b.receive(&Stdio::Null);
+        let pid = guest.pid.to_string();
+        let mut args = hosts.a.send_args(&pid, &receiver);
+        args.retain(|a| *a != "--mode" && *a != migrate_harness::mode());
+        args.extend(["--mode", "pre-copy"]);
+        let sender = hosts.a.migrate(&args).start();
+        within("the rounds", Duration::from_secs(20), || {
+            sender.stderr().contains("\"pre-copy\"").then_some(())
+        });
+        during.push(speed(Duration::from_millis(800)));
+        sender.wait_for(Duration::from_secs(120));
+    }
+    row("speed of a program that only writes, beats a second", "", alone);
+    row("the same beside two busy processes of another host", "", shared);
+    row("the same during the rounds", "", during);
+}
+
+/// redis-server with 1 GiB of keys under writes.
+fn redis() {
+    let (mut freeze, mut rounds, mut total, mut sent) = (vec![], vec![], vec![], vec![]);
+    for _ in 0..runs().min(5) {
+        let hosts = hosts();
+        let dir = hosts.file("redis");
+        let _ = fs::create_dir_all(&dir);
+        let dir = dir.display().to_string();
+        let server = hosts
+            .a
+            .command(["redis-server", "--bind", "127.0.0.1", "--save", "", "--dir", &dir])
+            .start();
+        let cli = |args: &[&str]| {
+            let mut all = vec!["redis-cli"];
+            all.extend(args);
+            let p = hosts.a.command(all).start();
+            p.wait_for(Duration::from_secs(120));
+            p.stdout()
+        };
+        within("redis answers", Duration::from_secs(20), || {
+            cli(&["ping"]).contains("PONG").then_some(())
+        });
+        cli(&["debug", "populate", "1000000", "key", "1000"]);
+        let load = "i=0; while true; do i=$((i+1)); for k in 1 2 3 4 5 6 7 8; do echo SET w:$(( (i*8+k) % 100000 )) v$i; done | redis-cli >/dev/null; done";
+        let writer = hosts.a.command(["busybox", "sh", "-c", load]).start();
+        thread::sleep(Duration::from_millis(500));
+        let receiver = hosts.b.receive(&Stdio::Null);
+        let run = hosts.a.send(server.pid, &receiver, &["--mode", "pre-copy"]);
+        writer.signal(nix::sys::signal::Signal::SIGKILL);
+        if run.code != 0 {
+            eprintln!("redis: {}", run.all());
+            continue;
+        }
+        let report = run.json();
+        freeze.push(number(&report, "/downtime_ms"));
+        rounds.push(report["rounds"].as_array().map_or(0.0, |r| r.len() as f64));
+        total.push(number(&report, "/total_ms"));
+        sent.push(number(&report, "/bytes_sent") / 1e6);
+    }
+    row("redis-server with 1 GiB under writes: freeze", "ms", freeze);
+    row("redis-server: rounds", "", rounds);
+    row("redis-server: total", "ms", total);
+    row("redis-server: sent", "MB", sent);
 }
 
 /// The number that `migrate ceiling measure` prints, bytes a second.

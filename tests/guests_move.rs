@@ -46,6 +46,7 @@ macro_rules! moved {
 }
 moved! {
     a_counter_that_notices_a_second_one: "counter" &[];
+    clocks_asked_without_pause: "clocks" &[];
     random_memory: "ballast" &[("mib", "128")];
     random_memory_being_written: "ballast" &[("mib", "64"), ("dirty", "50")];
     memory_of_every_kind: "memory" &[];
@@ -80,6 +81,54 @@ fn pids_that_are_taken_on_the_other_host() {
     let back = hosts.move_tree(&hosts.b, moved.pid, &Stdio::Null);
     assert_eq!(hosts.a.process(back.pid).map(|p| p.inner), Some(guest.pid));
     guest.verify("back on A, where they are free again");
+}
+
+/// A program that does nothing but look at clocks, between hosts that take each other's vdso for another kernel's: it is replaced, replaced
+/// again ten times, and at last the real one comes back.
+#[test]
+fn clocks_through_the_vdso_of_another_kernel() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "clocks", &[]);
+    let before = kernel_mappings(&hosts.a, guest.pid);
+    hosts.a.foreign_vdsos(true);
+    hosts.b.foreign_vdsos(true);
+    let mut pid = guest.pid;
+    let mut count = None;
+    for round in 0..10 {
+        let (from, to) = if round % 2 == 0 {
+            (&hosts.a, &hosts.b)
+        } else {
+            (&hosts.b, &hosts.a)
+        };
+        let moved = hosts.move_tree(from, pid, &Stdio::Null);
+        pid = moved.pid;
+        assert!(guest.beats(), "move {round}");
+        guest.verify(&format!("after move {round}"));
+        let now = kernel_mappings(to, pid);
+        assert!(
+            now.len() == before.len() && now.iter().all(|m| !before.contains(m)),
+            "after move {round}: {now:?}"
+        );
+        let all = std::fs::read_to_string(format!("/proc/{}/maps", to.outer(pid).unwrap())).unwrap();
+        let lines = all.lines().count();
+        assert_eq!(*count.get_or_insert(lines), lines, "after move {round}: mappings\n{all}");
+        println!("move {round}: downtime {:.1} ms", moved.number("downtime_ms"));
+    }
+    hosts.b.foreign_vdsos(false);
+    let home = hosts.move_tree(&hosts.a, pid, &Stdio::Null);
+    guest.verify("with the real vdso again");
+    assert_eq!(kernel_mappings(&hosts.b, home.pid), before);
+    guest.quit();
+}
+
+/// The kernel's mappings in a process.
+fn kernel_mappings(host: &migrate_harness::Host, pid: i32) -> Vec<String> {
+    let outer = host.outer(pid).expect("the guest");
+    let maps = std::fs::read_to_string(format!("/proc/{outer}/maps")).expect("its mappings");
+    maps.lines()
+        .filter(|l| l.contains("[vvar") || l.contains("[vdso]"))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Ten times there and back.

@@ -95,6 +95,43 @@ unmoved! {
     guest_creds: "creds" &[];
 }
 
+/// Each kind of trap is right about itself.
+#[test]
+fn guest_trap() {
+    let hosts = two_hosts!();
+    let kinds = "new moved swapped left-behind replaced mapped-over grown brk stack protected dropped freed huge fork-advice file punched \
+                 written-by-descriptor only-a-descriptor written-by-a-child written-from-outside other-backing userfaultfd forks grandchildren \
+                 execs threads";
+    for kind in kinds.split_whitespace() {
+        let mark = hosts.a.deaths();
+        let guest = Guest::start(&hosts.a, "trap", &[("kind", kind)]);
+        std::thread::sleep(Duration::from_millis(200));
+        guest.verify(&format!("{kind}, unmoved"));
+        guest.quit();
+        let ended = within("end of the guest", Duration::from_secs(10), || hosts.a.ended_since(mark, guest.pid));
+        assert_eq!(ended, Ended::Code(0), "{kind}: {}", guest.output());
+    }
+}
+
+/// A random workload is right about itself, operation by operation.
+#[test]
+fn guest_soak() {
+    let hosts = two_hosts!();
+    for options in [&[("seed", "1")][..], &[("seed", "2"), ("threads", "0")]] {
+        let mark = hosts.a.deaths();
+        let guest = Guest::start(&hosts.a, "soak", options);
+        for operations in [25_000, 50_000] {
+            within("operations", Duration::from_secs(120), || {
+                (guest.pulse().operations >= operations).then_some(())
+            });
+            guest.verify("unmoved");
+        }
+        guest.quit();
+        let ended = within("end of the guest", Duration::from_secs(10), || hosts.a.ended_since(mark, guest.pid));
+        assert_eq!(ended, Ended::Code(0), "{}", guest.output());
+    }
+}
+
 #[test]
 fn a_guest_says_what_differs() {
     let hosts = two_hosts!();

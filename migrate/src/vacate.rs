@@ -289,3 +289,91 @@ pub fn left_inside(p: &Proc) -> Option<i32> {
     let inside = |t: &&Task| native(&t.regs) && (place.is_inside(t.regs.rip) || frame(&t.regs).is_some_and(|rip| place.is_inside(rip)));
     p.tasks.iter().find(inside).map(|t| t.tid)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{dump::vdso::own, procfs::maps, tracer::Frozen};
+
+    /// A child of this process that calls a function for ever, ended when dropped.
+    struct Child(i32);
+
+    impl Child {
+        fn new(mut f: impl FnMut()) -> Child {
+            // SAFETY: the child calls nothing but `f`, which makes system calls and takes no lock.
+            match unsafe { libc::fork() } {
+                0 => loop {
+                    f();
+                },
+                pid => Child(pid),
+            }
+        }
+    }
+
+    impl Drop for Child {
+        fn drop(&mut self) {
+            let _ = crate::sys::misc::kill(self.0, libc::SIGKILL);
+            let _ = crate::sys::misc::reap(self.0);
+        }
+    }
+
+    fn look_at_the_clock() {
+        let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: t outlives the call.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t) };
+        std::hint::black_box(t);
+    }
+
+    fn vdso_of(pid: i32) -> (u64, Vec<u8>) {
+        let m = maps::maps(pid).unwrap().into_iter().find(|m| m.name == b"[vdso]").unwrap();
+        let mut code = vec![0; (m.end - m.start) as usize];
+        mem::read(pid, m.start, &mut code).unwrap();
+        (m.start, code)
+    }
+
+    #[test]
+    fn nobody_is_stopped_in_the_middle() {
+        let child = Child::new(look_at_the_clock);
+        let own = own().unwrap();
+        let entries: Vec<u64> = own.functions.iter().flatten().map(|f| f.at.into()).collect();
+        let mut worst = Duration::ZERO;
+        for _ in 0..300 {
+            let since = Instant::now();
+            let f = match Frozen::freeze(child.0, Duration::from_secs(5)) {
+                Ok(f) => f,
+                // No right to trace.
+                Err(e) => return eprintln!("skipped: {e}"),
+            };
+            worst = worst.max(since.elapsed());
+            let (at, code) = vdso_of(child.0);
+            let rip = f.procs[0].tasks[0].regs.rip;
+            let inside = (at..at + code.len() as u64).contains(&rip) && !entries.contains(&rip.wrapping_sub(at));
+            assert!(!inside, "at {:#x} of the vdso", rip - at);
+            assert_eq!(left_inside(&f.procs[0]), None);
+            assert!(code[..own.used] == own.vdso.code[..own.used], "the vdso is as it was");
+            drop(f);
+        }
+        eprintln!("300 freezes, the longest {worst:?}");
+    }
+
+    /// An agent died after it had turned the functions into system calls: the program runs, and the next freeze puts them right.
+    #[test]
+    fn what_a_dead_agent_left_is_put_right() {
+        let child = Child::new(look_at_the_clock);
+        let own = own().unwrap();
+        let Ok(mut f) = Frozen::freeze(child.0, Duration::from_secs(5)) else {
+            return;
+        };
+        let place = examine(child.0, own).unwrap();
+        if !place.divert(&f.procs[0].tasks, own).unwrap() {
+            return;
+        }
+        f.thaw();
+        drop(f);
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(examine(child.0, own).unwrap().diverted);
+        let f = Frozen::freeze(child.0, Duration::from_secs(5)).unwrap();
+        assert!(!examine(child.0, own).unwrap().diverted);
+        assert_eq!(left_inside(&f.procs[0]), None);
+    }
+}

@@ -90,12 +90,15 @@ impl Cache {
     }
 }
 
-/// Classifies the mappings of a process. `skip` is the injector's own table.
+/// Classifies the mappings of a process. `skip` is the injector's own table. While the process is `running` a mapping that has gone since `maps` was
+/// read is left out: a program that maps and unmaps all the time could never be looked at otherwise.
+#[allow(clippy::too_many_arguments)]
 pub fn vmas(
     pid: i32,
     place: &str,
     maps: &[Mapping],
     skip: (u64, u64),
+    running: bool,
     objects: &mut ObjectTable,
     cache: &mut Cache,
     blockers: &mut Vec<Blocker>,
@@ -118,6 +121,7 @@ pub fn vmas(
         match backing(pid, m, objects, cache) {
             Ok(Some(backing)) => out.push(vma(m, backing)),
             Ok(None) => {}
+            Err(Reason::Io(e)) if running && e.kind() == io::ErrorKind::NotFound => {}
             Err(Reason::Io(e)) => return Err(e),
             Err(Reason::Blocked(reason, fix)) => blockers.push(Blocker::new(place(), reason, fix)),
         }

@@ -5,6 +5,7 @@ pub mod files;
 pub mod host;
 pub mod mm;
 pub mod objects;
+pub mod outsiders;
 pub mod pages;
 pub mod task;
 pub mod tree;

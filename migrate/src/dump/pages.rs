@@ -5,7 +5,7 @@
 use crate::{
     image::{Backing, Mm, PAGE, Tree},
     sys::{
-        mem::Mem,
+        mem::{self, Mem},
         pagemap::{Pagemap, Range},
     },
 };
@@ -127,6 +127,21 @@ pub enum Reader {
 }
 
 impl Reader {
+    fn read_many(&self, ranges: &[(u64, u64)], buf: &mut [u8]) -> io::Result<()> {
+        if let Reader::Process(m) = self
+            && ranges.len() > 1
+            && mem::read_many(m.pid(), ranges, buf).is_ok()
+        {
+            return Ok(());
+        }
+        let mut at = 0;
+        for &(start, len) in ranges {
+            self.read(start, &mut buf[at..at + len as usize])?;
+            at += len as usize;
+        }
+        Ok(())
+    }
+
     fn read(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
         match self {
             Reader::Process(m) => m.read(at, buf),
@@ -185,32 +200,63 @@ fn read_with(
     miss: &mut dyn FnMut(u64, io::Error) -> io::Result<()>,
     sink: &mut dyn FnMut(Batch) -> bool,
 ) -> io::Result<()> {
-    let mut batch = Builder::new(plan.space);
+    // A frame's worth of ranges at a time: pages dirtied at random are ranges of one page, and a call for each would cost more than the copy.
+    let mut group: Vec<(u64, u64)> = Vec::new();
+    let mut held = 0;
+    let mut send = |group: &mut Vec<(u64, u64)>| -> io::Result<bool> {
+        let batch = read_group(plan.space, reader, group, miss)?;
+        group.clear();
+        Ok(batch.is_none_or(&mut *sink))
+    };
     for &(start, end) in &plan.ranges {
         let mut at = start;
         while at < end {
-            let n = (end - at).min((FRAME_PAGES - batch.held) * PAGE);
-            if batch.add(reader, at, n).is_err() {
-                // Page by page, to find the one that cannot be read.
-                for page in (at..at + n).step_by(PAGE as usize) {
-                    if let Err(e) = batch.add(reader, page, PAGE) {
-                        miss(page, e)?;
-                    }
-                }
-            }
+            let n = (end - at).min((FRAME_PAGES - held) * PAGE);
+            group.push((at, n));
+            held += n / PAGE;
             at += n;
-            if batch.held >= FRAME_PAGES || batch.runs.len() >= 1024 {
-                let b = std::mem::replace(&mut batch, Builder::new(plan.space)).finish()?;
-                if !sink(b) {
+            if held >= FRAME_PAGES {
+                held = 0;
+                if !send(&mut group)? {
                     return Ok(());
                 }
             }
         }
     }
-    if batch.held > 0 {
-        sink(batch.finish()?);
+    if held > 0 {
+        send(&mut group)?;
     }
     Ok(())
+}
+
+/// Reads ranges, (address, bytes), of a frame at most. None: nothing could be read.
+fn read_group(
+    space: u32,
+    reader: &Reader,
+    group: &[(u64, u64)],
+    miss: &mut dyn FnMut(u64, io::Error) -> io::Result<()>,
+) -> io::Result<Option<Batch>> {
+    let mut batch = Builder::new(space);
+    let total: u64 = group.iter().map(|r| r.1).sum();
+    let mut buf = Buffer::take(total as usize);
+    if reader.read_many(group, &mut buf.bytes).is_ok() {
+        batch.take(group, buf);
+        return batch.finish().map(Some);
+    }
+    // Page by page, to find the one that cannot be read.
+    for &(start, len) in group {
+        for page in (start..start + len).step_by(PAGE as usize) {
+            let mut buf = Buffer::take(PAGE as usize);
+            match reader.read(page, &mut buf.bytes) {
+                Ok(()) => batch.take(&[(page, PAGE)], buf),
+                Err(e) => miss(page, e)?,
+            }
+        }
+    }
+    if batch.held == 0 {
+        return Ok(None);
+    }
+    batch.finish().map(Some)
 }
 
 /// Whether a page is all zeros.
@@ -276,27 +322,28 @@ impl Builder {
         }
     }
 
-    fn add(&mut self, reader: &Reader, at: u64, len: u64) -> io::Result<()> {
-        let mut buf = Buffer::take(len as usize);
-        reader.read(at, &mut buf.bytes)?;
+    /// Takes ranges over that were read one after the other into a buffer.
+    fn take(&mut self, ranges: &[(u64, u64)], buf: Buffer) {
         let buf = Bytes::from_owner(buf);
         let mut k = 0usize;
-        while k < buf.len() {
-            let zero = is_zero(&buf[k..k + PAGE as usize]);
-            let from = k;
-            while k < buf.len() && is_zero(&buf[k..k + PAGE as usize]) == zero {
-                k += PAGE as usize;
+        for &(start, len) in ranges {
+            let (base, end) = (k, k + len as usize);
+            while k < end {
+                let zero = is_zero(&buf[k..k + PAGE as usize]);
+                let from = k;
+                while k < end && is_zero(&buf[k..k + PAGE as usize]) == zero {
+                    k += PAGE as usize;
+                }
+                let pages = (k - from) as u64 / PAGE;
+                if zero {
+                    self.zero += pages;
+                } else {
+                    self.data.push(buf.slice(from..k));
+                }
+                self.runs.push((start + (from - base) as u64, pages, zero));
             }
-            let pages = (k - from) as u64 / PAGE;
-            if zero {
-                self.zero += pages;
-            } else {
-                self.data.push(buf.slice(from..k));
-            }
-            self.runs.push((at + from as u64, pages, zero));
+            self.held += len / PAGE;
         }
-        self.held += len / PAGE;
-        Ok(())
     }
 
     fn finish(self) -> io::Result<Batch> {

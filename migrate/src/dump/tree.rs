@@ -192,7 +192,7 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         }
         let auxv = procfs::read(p.pid, "auxv")?;
         let (maps, vdso) = vdso::original(p.pid, &auxv, maps, &mut vdsos)?;
-        let vmas = mm::vmas(p.pid, &here, &maps, a.table, &mut objects, cache, &mut blockers)?;
+        let vmas = mm::vmas(p.pid, &here, &maps, a.table, !frozen, &mut objects, cache, &mut blockers)?;
         let pkeys = vmas.iter().fold(0u16, |k, v| k | 1 << v.pkey) & !1;
         let exe = std::fs::read_link(procfs::path(p.pid, "exe"))?;
         let exe_meta = rustix::fs::stat(procfs::path(p.pid, "exe")).map_err(io::Error::from)?;

@@ -84,6 +84,8 @@ impl Sink {
             at: 0,
         };
         let (mut pages, mut zeros) = (0, 0);
+        // Runs of one process that it may write itself are written together: pages dirtied at random are runs of one page.
+        let mut together = Together::default();
         for run in &frame.runs {
             if run.zero {
                 zeros += run.pages as u64;
@@ -93,9 +95,27 @@ impl Sink {
             pages += run.pages as u64;
             let len = run.pages as usize * PAGE as usize;
             let slices = data.take(len)?;
-            self.write_run(run, &slices)?;
+            match self.direct(run)? {
+                Some(pid) => {
+                    if !together.fits(pid, slices.len()) {
+                        together.write()?;
+                    }
+                    together.add(pid, run, slices);
+                }
+                None => self.write_run(run, &slices)?,
+            }
         }
+        together.write()?;
         Ok((pages, zeros))
+    }
+
+    /// The process, when the run lies in its private memory and it may write there.
+    fn direct(&self, run: &Run) -> io::Result<Option<i32>> {
+        if self.objects.contains_key(&run.space) {
+            return Ok(None);
+        }
+        let (space, area) = self.range(run)?;
+        Ok(area.writable.then_some(space.pid))
     }
 
     /// Zero pages. Fresh anonymous memory is zero already; over a file zeros are content like any other.
@@ -155,15 +175,43 @@ impl Sink {
             }
             return Ok(());
         }
-        let (space, area) = self.range(run)?;
-        if area.writable {
-            return mem::write(space.pid, run.start, slices);
-        }
+        let (space, _) = self.range(run)?;
         let mut at = run.start;
         for s in slices {
             space.mem.write(at, s)?;
             at += s.len() as u64;
         }
+        Ok(())
+    }
+}
+
+/// Runs of one process, waiting to be written in one call.
+#[derive(Default)]
+struct Together<'a> {
+    pid: i32,
+    ranges: Vec<(u64, u64)>,
+    chunks: Vec<&'a [u8]>,
+}
+
+impl<'a> Together<'a> {
+    fn fits(&self, pid: i32, chunks: usize) -> bool {
+        self.pid == pid && self.ranges.len() < mem::RANGES && self.chunks.len() + chunks <= mem::RANGES
+    }
+
+    fn add(&mut self, pid: i32, run: &Run, chunks: Vec<&'a [u8]>) {
+        self.pid = pid;
+        self.ranges.push((run.start, run.len()));
+        self.chunks.extend(chunks);
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        match self.ranges.as_slice() {
+            [] => Ok(()),
+            [one] => mem::write(self.pid, one.0, &self.chunks),
+            many => mem::write_many(self.pid, many, &self.chunks),
+        }?;
+        self.ranges.clear();
+        self.chunks.clear();
         Ok(())
     }
 }

@@ -105,7 +105,10 @@ pub fn inventory_with(pid: i32, cache: &mut Cache) -> Result<Dumped, Failure> {
         tries += 1;
         let last = tries >= INVENTORY_TRIES;
         match dump::tree::inventory(pid, host.clone(), cache) {
-            Ok(d) if d.blockers.is_empty() => return Ok(d),
+            Ok(mut d) if d.blockers.is_empty() => {
+                d.blockers = dump::outsiders::blockers(&d);
+                return Ok(d);
+            }
             Ok(d) => {
                 let passing = d.blockers.iter().all(|b| b.transient);
                 if (last && !passing) || Instant::now() > end {

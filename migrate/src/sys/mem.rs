@@ -28,6 +28,50 @@ pub fn read(pid: i32, addr: u64, buf: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Ranges in one call (IOV_MAX).
+pub const RANGES: usize = 1024;
+
+/// Reads many ranges, (address, bytes), one after the other into `buf`, which is as long as they are together; at most [`RANGES`] of them.
+pub fn read_many(pid: i32, ranges: &[(u64, u64)], buf: &mut [u8]) -> io::Result<()> {
+    let remote: Vec<libc::iovec> = ranges
+        .iter()
+        .map(|r| libc::iovec {
+            iov_base: r.0 as *mut _,
+            iov_len: r.1 as usize,
+        })
+        .collect();
+    let local = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
+    // SAFETY: `local` describes `buf`, which is exclusively ours; the remote ranges are checked by the kernel.
+    let n = check(unsafe { libc::process_vm_readv(pid, &local, 1, remote.as_ptr(), remote.len() as u64, 0) } as i64)?;
+    if n as usize == buf.len() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+/// Writes chunks to many ranges, (address, bytes), which are as long as the chunks together; at most [`RANGES`] of each.
+pub fn write_many(pid: i32, ranges: &[(u64, u64)], chunks: &[&[u8]]) -> io::Result<()> {
+    let vector = |base: *mut libc::c_void, len: usize| libc::iovec {
+        iov_base: base,
+        iov_len: len,
+    };
+    let remote: Vec<libc::iovec> = ranges.iter().map(|r| vector(r.0 as *mut _, r.1 as usize)).collect();
+    let local: Vec<libc::iovec> = chunks.iter().map(|c| vector(c.as_ptr().cast_mut().cast(), c.len())).collect();
+    let total: usize = chunks.iter().map(|c| c.len()).sum();
+    // SAFETY: the kernel only reads from the local ranges, which the slices keep alive; the remote ranges are checked by the kernel.
+    let n =
+        check(unsafe { libc::process_vm_writev(pid, local.as_ptr(), local.len() as u64, remote.as_ptr(), remote.len() as u64, 0) } as i64)?;
+    if n as usize == total {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::WriteZero.into())
+    }
+}
+
 /// Writes the chunks one after the other at `addr`; fails on pages the task itself may not write.
 pub fn write(pid: i32, addr: u64, chunks: &[&[u8]]) -> io::Result<()> {
     let mut at = addr;
@@ -69,6 +113,10 @@ impl Mem {
     pub fn open(pid: i32) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
         Ok(Mem { pid, file })
+    }
+    /// The process.
+    pub fn pid(&self) -> i32 {
+        self.pid
     }
     /// Reads, by the fast way if the task may read there, else by force.
     pub fn read(&self, addr: u64, buf: &mut [u8]) -> io::Result<()> {

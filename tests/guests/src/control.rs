@@ -6,7 +6,7 @@
 //!  8  u64  request of the test         40  u64  CLOCK_MONOTONIC at the last beat, ns
 //! 16  u64  number of the last request  48  u64  beats
 //!          that the guest carried out  56  u64  pid as the guest sees it
-//! 24  u64  number of this request
+//! 24  u64  number of this request      64  u64  operations, of guests that count them
 //! ```
 
 use std::{
@@ -57,6 +57,8 @@ pub struct Pulse {
     pub beats: u64,
     /// The guest's own pid, as it sees it.
     pub pid: u64,
+    /// Operations so far, of guests that count them.
+    pub operations: u64,
 }
 
 /// The open control file.
@@ -67,8 +69,8 @@ impl Control {
     /// Creates or opens it.
     pub fn open(path: &Path) -> io::Result<Control> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        if file.metadata()?.len() < 64 {
-            file.set_len(64)?;
+        if file.metadata()?.len() < 72 {
+            file.set_len(72)?;
         }
         Ok(Control(file))
     }
@@ -112,6 +114,7 @@ impl Control {
             last_beat_ns: self.read(40)?,
             beats: self.read(48)?,
             pid: self.read(56)?,
+            operations: self.read(64)?,
         })
     }
 
@@ -152,6 +155,11 @@ impl Control {
                 State::Differs => 3,
             },
         )
+    }
+
+    /// Guest side: operations so far.
+    pub fn operations(&self, number: u64) -> io::Result<()> {
+        self.write(64, number)
     }
 
     /// Guest side: a beat.

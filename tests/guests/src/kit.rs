@@ -282,6 +282,17 @@ impl Kit {
         self.expect("control file", result);
     }
 
+    /// Tells how many operations there were so far.
+    pub fn operations(&mut self, number: u64) {
+        let result = self.control.operations(number);
+        self.expect("control file", result);
+    }
+
+    /// Between two beats it rests for this long, or not at all.
+    pub fn rest(&mut self, time: Duration) {
+        self.rest = time;
+    }
+
     /// The longest time between two beats so far, nanoseconds.
     pub fn longest_gap_ns(&self) -> u64 {
         self.longest_ns

@@ -5,6 +5,7 @@
 //! `migrate-guest vm PORT` that of a virtual machine, `migrate-guest trace PID` a debugger that does nothing.
 
 mod clock;
+mod clocks;
 mod counter;
 mod creds;
 mod fds;
@@ -15,9 +16,11 @@ mod memory;
 mod portrait;
 mod restart;
 mod signals;
+mod soak;
 mod sockets;
 mod threads;
 mod timers;
+mod trap;
 mod tree;
 mod vm;
 mod vmas;
@@ -42,6 +45,9 @@ fn main() -> ExitCode {
         return hold::trace(rest.first().map_or("", |p| p));
     }
     let options = Options::parse(rest);
+    if name == "soak-child" {
+        return soak::again(&options);
+    }
     match Kit::new(&options).and_then(|kit| guest(name, kit, &options)) {
         Ok(code) => code,
         Err(error) => {
@@ -53,6 +59,7 @@ fn main() -> ExitCode {
 
 fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
     match name {
+        "clocks" => clocks::clocks(kit, options),
         "clock" => clock::clock(kit, options),
         "counter" => counter::counter(kit, options),
         "ballast" => memory::ballast(kit, options),
@@ -68,6 +75,8 @@ fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
         "files" => fds::many(kit, options),
         "sockets" => sockets::sockets(kit),
         "creds" => creds::creds(kit),
+        "soak" => soak::soak(kit, options),
+        "trap" => trap::trap(kit, options),
         "hold" => hold::hold(kit, options),
         _ => Err(io::Error::other("no such guest")),
     }

@@ -106,6 +106,9 @@ pub fn ballast(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     }
     kit.ready()?;
     let holds = |page: usize, seed: u64| if zero { area.page_is_zero(page) } else { area.page_is(page, seed) };
+    // Paced by the clock: megabytes a second, at random addresses. What a pause has kept it from is not made up for.
+    let rate = options.number("rate", 0) as f64 * 1e6 / PAGE as f64;
+    let (mut due, mut last) = (0.0, std::time::Instant::now());
     let mut turn = Numbers::new(7);
     // Both closures look at the seeds.
     let seeds = std::cell::RefCell::new(&mut seeds);
@@ -114,7 +117,14 @@ pub fn ballast(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
             let page = turn.draw() as usize % pages;
             let seed = seeds.borrow()[page];
             kit.check(holds(page, seed), format!("ballast page {page} differs"));
-            for _ in 0..dirty {
+            let mut now = dirty;
+            if rate > 0.0 {
+                due += rate * last.elapsed().as_secs_f64().min(0.002);
+                last = std::time::Instant::now();
+                now += due as usize;
+                due -= (due as usize) as f64;
+            }
+            for _ in 0..now {
                 let page = turn.draw() as usize % pages;
                 let mut seeds = seeds.borrow_mut();
                 seeds[page] += 1;

@@ -214,7 +214,17 @@ impl Portrait {
             let read = fs::File::open("/proc/self/mem").and_then(|f| f.read_exact_at(&mut head, m.start));
             m.name == "/dev/zero (deleted)" && read.is_ok() && &head == b"migrate-table-1\0"
         };
-        for m in all.into_iter().filter(|m| !left_behind(m)) {
+        // The kernel's own mappings, or what stands for another kernel's, with this kernel's own beside it: one line for the range.
+        let vdso = crate::kit::sys0!(getauxval(libc::AT_SYSINFO_EHDR));
+        let native = |m: &Mapping| ["[vvar]", "[vvar_vclock]", "[vdso]"].contains(&m.name.as_str());
+        let proxied = !all.iter().any(|m| m.start == vdso && native(m));
+        let (range, all): (Vec<Mapping>, Vec<Mapping>) = all
+            .into_iter()
+            .partition(|m| if proxied { (m.start..m.end).contains(&vdso) } else { native(m) });
+        if let (Some(first), Some(last)) = (range.first(), range.last()) {
+            self.put("mapping of the vdso", format!("{:x} to {:x}", first.start, last.end));
+        }
+        for m in all.into_iter().filter(|m| !left_behind(m) && !native(m)) {
             match m.name.as_str() {
                 "[heap]" => self.put(format!("mapping [heap] at {:x}", m.start), format!("{} {}", m.perms, m.flags)),
                 "[stack]" => self.put(format!("mapping [stack] up to {:x}", m.end), format!("{} {}", m.perms, m.flags)),

@@ -131,6 +131,7 @@ impl Host {
             // The memory oracle: both sides hash every page at the freeze, and the destination refuses what differs.
             .env("MIGRATE_VERIFY", if oracle() { "1" } else { "0" })
             .env("RUST_BACKTRACE", "1")
+            .env("MIGRATE_FOREIGN_VDSO", if self.takes_vdsos_for_foreign() { "1" } else { "0" })
             .label(&format!("migrate {}", args.join(" ")))
     }
 

@@ -23,7 +23,7 @@ use std::{
     process::{Child, Stdio as ChildStdio},
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::Duration,
@@ -59,6 +59,8 @@ pub struct Host {
     child: Child,
     init: i32,
     next: AtomicU64,
+    /// Its agents take every vdso for another kernel's.
+    foreign: AtomicBool,
     /// What the commands said, for the report of a failed test.
     heard: Mutex<Vec<(String, Output)>>,
 }
@@ -143,6 +145,7 @@ impl Host {
             child,
             init,
             next: AtomicU64::new(1),
+            foreign: AtomicBool::new(std::env::var_os("MIGRATE_FOREIGN_VDSO").is_some()),
             heard: Mutex::default(),
         };
         fs::create_dir_all(host.dir.join("state")).expect("a directory for the host");
@@ -160,6 +163,15 @@ impl Host {
     /// Its address on the link between the two.
     pub fn address(&self) -> &'static str {
         self.address
+    }
+
+    /// From now on its agents take every vdso for another kernel's, or not.
+    pub fn foreign_vdsos(&self, on: bool) {
+        self.foreign.store(on, Ordering::SeqCst);
+    }
+
+    pub(crate) fn takes_vdsos_for_foreign(&self) -> bool {
+        self.foreign.load(Ordering::SeqCst)
     }
 
     /// A directory of its own.

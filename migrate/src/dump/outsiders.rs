@@ -1,0 +1,145 @@
+//! Who else has the shared memory of a tree: a process outside it would go on with the original, cut off from the copy, and can write while the tree
+//! is frozen, so that the copy would get neither what was before nor what is after.
+
+use super::tree::{Dumped, place};
+use crate::{blocker::Blocker, image::ObjectKind, procfs};
+use rustix::fs::{fstat, makedev, stat};
+use std::{collections::HashMap, fs, os::unix::fs::MetadataExt};
+
+/// The inode of an object: device and number.
+type Key = (u64, u64);
+
+/// A blocker for each object that a process outside the tree maps or has open. Files with a name, and those that had one, are everybody's; a memfd
+/// that is sealed against writing is the same on both sides for ever.
+pub fn blockers(dumped: &Dumped) -> Vec<Blocker> {
+    let mut keys = HashMap::new();
+    for (i, (object, fd)) in dumped.tree.objects.iter().zip(&dumped.object_fds).enumerate() {
+        let constant = object.seals & (libc::F_SEAL_WRITE as u32) != 0;
+        let moves = matches!(object.kind, ObjectKind::SharedAnonymous | ObjectKind::Memfd(_));
+        if let Ok(meta) = fstat(fd)
+            && moves
+            && !constant
+        {
+            keys.insert((meta.st_dev, meta.st_ino), i);
+        }
+    }
+    let mut found = Vec::new();
+    for (pid, object) in sharers(&dumped.pids, &keys) {
+        let what = match &dumped.tree.objects[object].kind {
+            ObjectKind::Memfd(name) => format!("memfd {:?}", String::from_utf8_lossy(name)),
+            _ => "shared anonymous memory".to_string(),
+        };
+        found.push(Blocker::new(
+            place(dumped.pids.first().copied().unwrap_or(0)),
+            format!(
+                "its shared memory ({what}) is also used by {}, which is outside the tree",
+                place(pid)
+            ),
+            "end that process, or move the process that is the parent of both",
+        ));
+    }
+    found
+}
+
+/// Processes outside the tree with one of these objects, each with the first that was found. Agents do not count: they look at objects.
+fn sharers(tree: &[i32], keys: &HashMap<Key, usize>) -> Vec<(i32, usize)> {
+    if keys.is_empty() {
+        return Vec::new();
+    }
+    let Ok(list) = fs::read_dir("/proc") else { return Vec::new() };
+    let me = fs::metadata("/proc/self/exe").map(|m| (m.dev(), m.ino())).ok();
+    let mut found = Vec::new();
+    for pid in list.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok()) {
+        let agent = || fs::metadata(procfs::path(pid, "exe")).map(|m| (m.dev(), m.ino())).ok() == me;
+        if let Some(object) = has_one(pid, keys)
+            && !agent()
+            && !descends(pid, tree)
+        {
+            found.push((pid, object));
+        }
+    }
+    found
+}
+
+/// Part of the tree, or born into it since it was listed.
+fn descends(mut pid: i32, tree: &[i32]) -> bool {
+    // As deep as a tree may be; pids are reused, so that a chain read while it changes could go on.
+    for _ in 0..10_000 {
+        if tree.contains(&pid) {
+            return true;
+        }
+        match procfs::stat::read(pid) {
+            Ok(stat) if stat.ppid > 0 => pid = stat.ppid,
+            _ => return false,
+        }
+    }
+    false
+}
+
+/// In a mapping, which the kernel lists with the inode, or behind a descriptor. A process that ends meanwhile has none.
+fn has_one(pid: i32, keys: &HashMap<Key, usize>) -> Option<usize> {
+    let maps = procfs::read(pid, "maps").unwrap_or_default();
+    let mapped = maps.split(|b| *b == b'\n').find_map(|line| keys.get(&inode(line)?));
+    if let Some(object) = mapped {
+        return Some(*object);
+    }
+    let fds = fs::read_dir(procfs::path(pid, "fd")).ok()?;
+    fds.flatten().find_map(|fd| {
+        let meta = stat(fd.path()).ok()?;
+        keys.get(&(meta.st_dev, meta.st_ino)).copied()
+    })
+}
+
+/// Device and inode of a line of /proc/PID/maps: `7f00-7f10 rw-s 00000000 00:01 2077 /memfd:x (deleted)`.
+fn inode(line: &[u8]) -> Option<Key> {
+    let mut fields = std::str::from_utf8(line.get(..line.len().min(120))?)
+        .or_else(|e| std::str::from_utf8(&line[..e.valid_up_to()]))
+        .ok()?
+        .split_ascii_whitespace()
+        .skip(3);
+    let (high, low) = fields.next()?.split_once(':')?;
+    let ino: u64 = fields.next()?.parse().ok()?;
+    let dev = makedev(u32::from_str_radix(high, 16).ok()?, u32::from_str_radix(low, 16).ok()?);
+    (ino != 0).then_some((dev, ino))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{os::fd::AsRawFd, process::Command};
+
+    #[test]
+    fn lines_of_maps() {
+        let line = b"7f0000000000-7f0000001000 rw-s 00000000 00:01 2077                       /memfd:x (deleted)";
+        assert_eq!(inode(line), Some((1, 2077)));
+        assert_eq!(inode(b"7f00-7f10 rw-p 00000000 00:00 0 "), None);
+        assert_eq!(inode(b"7f00-7f10 rw-p 00000000 fe:00 12 /a\xff\xfe"), Some((makedev(0xfe, 0), 12)));
+        for bad in [&b""[..], b"1 2 3", b"1 2 3 x:y 5", b"1 2 3 00:01 -5", b"\xff\xff"] {
+            assert_eq!(inode(bad), None);
+        }
+    }
+
+    #[test]
+    fn a_descriptor_of_another_process() {
+        let fd = rustix::fs::memfd_create("outsider", rustix::fs::MemfdFlags::empty()).unwrap();
+        let meta = fstat(&fd).unwrap();
+        let keys = HashMap::from([((meta.st_dev, meta.st_ino), 0)]);
+        // It inherits the descriptor, which this process keeps open as well.
+        let mut sleep = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = sleep.id() as i32;
+        while !fs::read_link(procfs::path(pid, "exe")).is_ok_and(|e| e != fs::read_link("/proc/self/exe").unwrap()) {
+            std::thread::yield_now();
+        }
+        assert_eq!(has_one(pid, &keys), Some(0), "descriptor {}", fd.as_raw_fd());
+        assert_eq!(
+            sharers(&[1], &keys).iter().filter(|s| s.0 == pid).count(),
+            usize::from(!descends(pid, &[1]))
+        );
+        let me = std::process::id() as i32;
+        assert!(sharers(&[me], &keys).is_empty(), "a child of the tree");
+        assert!(sharers(&[pid], &keys).is_empty(), "the tree itself");
+        assert_eq!(sharers(&[pid + 1_000_000], &keys), [(pid, 0)]);
+        sleep.kill().unwrap();
+        sleep.wait().unwrap();
+    }
+}

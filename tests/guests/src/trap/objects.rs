@@ -1,0 +1,227 @@
+//! Memory with something behind it: a file, or an object that several mappings, descriptors and processes share.
+
+use super::{BOTH, Call, PRIVATE, Patch, SHARED, Trap, below, map_at, unmap};
+use crate::{
+    kit::{Kit, Numbers, sys, sys0},
+    memory::PAGE,
+    soak::{
+        lane::Lane,
+        model::{Page, fill, holds, is_zero},
+        ops::FILE_PAGES,
+    },
+};
+use std::{ffi::CString, io, sync::atomic::Ordering};
+
+/// The kinds of this file.
+pub fn kind(name: &str, kit: &mut Kit) -> Option<io::Result<Trap>> {
+    Some(match name {
+        "file" => file(kit),
+        "punched" => punched(kit),
+        "written-by-descriptor" => written(kit, true),
+        "only-a-descriptor" => written(kit, false),
+        "written-by-a-child" => written_by_another(kit, false),
+        "written-from-outside" => written_by_another(kit, true),
+        "other-backing" => other_backing(kit),
+        "userfaultfd" => userfaultfd(),
+        _ => return None,
+    })
+}
+
+fn memfd(pages: usize) -> io::Result<i32> {
+    let fd = sys!(memfd_create(c"trap".as_ptr(), libc::MFD_CLOEXEC))?;
+    sys!(ftruncate(fd, (pages * PAGE) as i64))?;
+    Ok(fd)
+}
+
+fn open_file(kit: &Kit) -> io::Result<i32> {
+    let name = CString::new(kit.dir().join("file").to_string_lossy().as_ref())?;
+    sys!(open(name.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC))
+}
+
+/// Pages of a private file mapping are written, and given back to the file.
+fn file(kit: &Kit) -> io::Result<Trap> {
+    let fd = open_file(kit)?;
+    let at = map_at(0, FILE_PAGES, libc::MAP_PRIVATE, fd)?;
+    sys!(close(fd))?;
+    let mut patch = Patch::at(at, FILE_PAGES, Page::Base);
+    let mut numbers = Numbers::new(31);
+    Ok(Box::new(move |kit, call| {
+        if call == Call::Step {
+            let (first, n) = (below(&mut numbers, FILE_PAGES - 16), 1 + below(&mut numbers, 16));
+            (first..first + n).for_each(|p| patch.write(p));
+            let (first, n) = (below(&mut numbers, FILE_PAGES - 16), 1 + below(&mut numbers, 16));
+            patch.advise(first, n, libc::MADV_DONTNEED)?;
+            patch.pages[first..first + n].fill(Page::Base);
+        }
+        patch.look(kit, "a private file mapping", call, &mut numbers);
+        Ok(())
+    }))
+}
+
+/// Holes: MADV_REMOVE in shared anonymous memory, fallocate(2) in a memfd.
+fn punched(kit: &mut Kit) -> io::Result<Trap> {
+    let fd = memfd(64)?;
+    kit.ignore(format!("fdinfo {fd}:"));
+    let mut anonymous = Patch::filled(64, SHARED)?;
+    let mut object = Patch::at(map_at(0, 64, libc::MAP_SHARED, fd)?, 64, Page::Zero);
+    (0..64).for_each(|p| object.write(p));
+    let mut numbers = Numbers::new(32);
+    Ok(Box::new(move |kit, call| {
+        if call == Call::Step {
+            let (first, n) = (below(&mut numbers, 48), 1 + below(&mut numbers, 16));
+            anonymous.advise(first, n, libc::MADV_REMOVE)?;
+            anonymous.pages[first..first + n].fill(Page::Zero);
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            sys!(fallocate(fd, mode, (first * PAGE) as i64, (n * PAGE) as i64))?;
+            object.pages[first..first + n].fill(Page::Zero);
+            let page = below(&mut numbers, 64);
+            anonymous.write(page);
+            object.write(page);
+        }
+        anonymous.look(kit, "shared memory with holes", call, &mut numbers);
+        object.look(kit, "a memfd with holes", call, &mut numbers);
+        Ok(())
+    }))
+}
+
+/// A memfd is written through its descriptor alone; it is seen in a mapping, or only read back.
+fn written(kit: &mut Kit, mapped: bool) -> io::Result<Trap> {
+    let fd = memfd(64)?;
+    kit.ignore(format!("fdinfo {fd}:"));
+    let mut patch = Patch::at(if mapped { map_at(0, 64, libc::MAP_SHARED, fd)? } else { 0 }, 64, Page::Zero);
+    let mut numbers = Numbers::new(33);
+    let mut buffer = vec![0_u64; PAGE / 8];
+    Ok(Box::new(move |kit, call| {
+        let at = buffer.as_mut_ptr() as usize;
+        if call == Call::Step {
+            for _ in 0..4 {
+                let page = below(&mut numbers, 64);
+                let seed = super::SEED.fetch_add(1, Ordering::Relaxed);
+                fill(at, seed);
+                sys!(lseek(fd, (page * PAGE) as i64, libc::SEEK_SET))?;
+                let wrote = sys!(write(fd, buffer.as_ptr().cast(), PAGE))?;
+                kit.equal("bytes written", wrote, PAGE as isize);
+                patch.pages[page] = Page::Seed(seed);
+            }
+        }
+        if mapped {
+            patch.look(kit, "a memfd written through its descriptor", call, &mut numbers);
+            return Ok(());
+        }
+        for page in 0..64 {
+            if call == Call::Verify || below(&mut numbers, 16) == 0 {
+                sys!(pread(fd, buffer.as_mut_ptr().cast(), PAGE, (page * PAGE) as i64))?;
+                let well = match patch.pages[page] {
+                    Page::Seed(seed) => holds(at, seed),
+                    _ => is_zero(at),
+                };
+                kit.check(well, format!("page {page} of a memfd that nobody maps differs"));
+            }
+        }
+        Ok(())
+    }))
+}
+
+/// Shared memory of which this process only reads what another writes: its child, or a process that is no part of the tree.
+fn written_by_another(kit: &mut Kit, outside: bool) -> io::Result<Trap> {
+    let fd = memfd(64)?;
+    kit.ignore(format!("fdinfo {fd}:"));
+    let lanes = [Lane::new(1, 64, SHARED, -1)?, Lane::new(2, 64, libc::MAP_SHARED, fd)?];
+    let me = sys0!(getpid());
+    let child = sys!(fork())?;
+    if child == 0 {
+        if outside {
+            sys0!(setsid());
+            if sys0!(fork()) > 0 {
+                sys0!(_exit(0));
+            }
+        }
+        let mut seed = 1;
+        // An outsider ends when the program has ended, wherever that was last.
+        while if outside { sys0!(kill(me, 0)) == 0 } else { sys0!(getppid()) == me } {
+            seed += 1;
+            if lanes.iter().any(|l| l.work(seed, 20, true, || true).is_err()) {
+                sys0!(_exit(1));
+            }
+        }
+        sys0!(_exit(0));
+    }
+    if outside {
+        sys!(waitpid(child, std::ptr::null_mut(), 0))?;
+    }
+    let mut numbers = Numbers::new(34);
+    Ok(Box::new(move |kit, call| {
+        for lane in &lanes {
+            let wrong = match call {
+                Call::Verify => lane.check_all(),
+                Call::Step => lane.check(below(&mut numbers, 64)).err().into_iter().collect(),
+            };
+            wrong.into_iter().for_each(|w| kit.differs(w));
+        }
+        if !outside {
+            let mut status = 0;
+            let ended = sys!(waitpid(child, &mut status, libc::WNOHANG))?;
+            kit.check(ended == 0, format!("the child that writes ended with status {status:#x}"));
+        }
+        Ok(())
+    }))
+}
+
+/// At one place, in turn: private memory, shared memory, a memfd, a file.
+fn other_backing(kit: &mut Kit) -> io::Result<Trap> {
+    let (file, fd) = (open_file(kit)?, memfd(32)?);
+    kit.ignore(format!("fdinfo {fd}:"));
+    let view = map_at(0, 32, libc::MAP_SHARED, fd)?;
+    let mut object = Patch::at(view, 32, Page::Zero);
+    let mut patch = Patch::map(32, PRIVATE)?;
+    let (mut turn, mut numbers) = (0_u64, Numbers::new(35));
+    Ok(Box::new(move |kit, call| {
+        if call == Call::Step {
+            turn += 1;
+            let (flags, fd, holds) = match turn % 4 {
+                0 => (PRIVATE, -1, Page::Zero),
+                1 => (SHARED, -1, Page::Zero),
+                2 => (libc::MAP_SHARED, fd, Page::Unknown),
+                _ => (libc::MAP_PRIVATE, file, Page::Base),
+            };
+            if turn % 8 < 4 {
+                unmap(patch.at, 32)?;
+            }
+            map_at(patch.at, 32, flags, fd)?;
+            patch.pages.fill(holds);
+            if turn % 4 == 2 {
+                patch.pages.clone_from(&object.pages);
+            }
+            (0..32).step_by(5).for_each(|p| patch.write(p));
+            if turn % 4 == 2 {
+                object.pages.clone_from(&patch.pages);
+            }
+            if turn % 3 == 0 {
+                sys!(mprotect(super::pointer(patch.at), PAGE, BOTH))?;
+            }
+        }
+        patch.look(kit, "a place with changing mappings", call, &mut numbers);
+        object.look(kit, "the memfd that is mapped there now and then", call, &mut numbers);
+        Ok(())
+    }))
+}
+
+/// A userfaultfd of the program's own, with a range.
+fn userfaultfd() -> io::Result<Trap> {
+    let fd = sys!(syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK))? as i32;
+    let mut api = [0xaa_u64, 0, 0];
+    sys!(ioctl(fd, 0xc018_aa3f, api.as_mut_ptr()))?;
+    let patch = Patch::map(4, PRIVATE)?;
+    // struct uffdio_register: start, length, mode (missing), what it answers.
+    let mut register = [patch.at as u64, (4 * PAGE) as u64, 1, 0];
+    sys!(ioctl(fd, 0xc020_aa00, register.as_mut_ptr()))?;
+    let mut page = vec![0_u64; PAGE / 8];
+    fill(page.as_mut_ptr() as usize, 77);
+    // struct uffdio_copy: to, from, length, mode, bytes copied.
+    let mut copy = [patch.at as u64, page.as_ptr() as u64, PAGE as u64, 0, 0];
+    sys!(ioctl(fd, 0xc028_aa03, copy.as_mut_ptr()))?;
+    Ok(Box::new(move |kit, _| {
+        kit.check(holds(patch.at, 77), "the page that was copied in differs");
+        Ok(())
+    }))
+}
