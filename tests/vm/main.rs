@@ -110,7 +110,6 @@ fn expect_own_clocks(vm: &Vm, pid: i32) {
 fn between_two_of_the_new_kernel() {
     let vms = two_machines!(NEW, NEW);
     counter(&vms, "stop");
-    clock(&vms, "stop");
 }
 
 /// The old kernel has no PAGEMAP_SCAN.
