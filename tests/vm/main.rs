@@ -59,8 +59,19 @@ fn go(vms: &Vms, from: &Vm, guest: &Guest, pid: i32, mode: &str) -> i32 {
     // second of each other when the machines boot.
     let most = Duration::from_secs_f64(moved.number("downtime_ms") / 1000.0) + Duration::from_secs(3);
     assert!(guest.gap() < most, "a gap of {:?}, with {}", guest.gap(), moved.report);
-    guest.verify(&format!("on machine {}", to.name()));
+    let mut differences = guest.differences();
+    if from.kernel() != to.kernel() {
+        differences.retain(|line| !of_the_kernel(line));
+    }
+    assert!(differences.is_empty(), "on machine {}: {differences:#?}", to.name());
     moved.pid
+}
+
+/// What a program sees of another kernel: where its vdso lies, with jumps to it where the old one was, and fields of /proc that one kernel has
+/// and the other has not.
+fn of_the_kernel(line: &str) -> bool {
+    let jumps = line.contains(": mapping ") && line.contains("r-xp offset 0  (");
+    jumps || ["[vdso]", "[vvar", "x86_Thread_features"].iter().any(|word| line.contains(word))
 }
 
 /// Counts there and back, each number once.
@@ -99,13 +110,13 @@ fn expect_own_clocks(vm: &Vm, pid: i32) {
 fn between_two_of_the_new_kernel() {
     let vms = two_machines!(NEW, NEW);
     counter(&vms, "stop");
-    clock(&vms, "stop");
 }
 
+/// The old kernel has no PAGEMAP_SCAN.
 #[test]
 fn between_two_of_the_old_kernel() {
     let vms = two_machines!(OLD, OLD);
-    counter(&vms, "stop");
+    counter(&vms, "pre-copy");
 }
 
 /// Looks at every clock through the vdso of the kernel it was started on, without pause: to the machine with another, and back to where the real
@@ -134,10 +145,4 @@ fn between_kernels_pre_copied() {
     counter(&vms, "pre-copy");
     clock(&vms, "pre-copy");
     clocks(&vms, "pre-copy");
-}
-
-#[test]
-fn between_two_of_the_old_kernel_pre_copied() {
-    let vms = two_machines!(OLD, OLD);
-    counter(&vms, "pre-copy");
 }

@@ -5,7 +5,7 @@ use crate::{
     blocker::Blocker,
     image::{Clocks, Host, Mm, Process, Thread, Tree},
     inject::{InjectError, Injector},
-    procfs::{self, maps, stat, status},
+    procfs::{self, maps, stat, status, timens},
     sys::misc::{self, Shared},
     tracer::{Frozen, Proc, Task, discover},
     vacate,
@@ -307,14 +307,16 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
     for ((at, _), fds) in sources.iter().zip(tables.fds) {
         processes[*at].fds = fds;
     }
-    let clocks = asked.first().map_or((0, 0), |a| a.clocks);
     let (objects, object_fds, object_keys) = objects.into_parts();
     let tree = Tree {
         host,
-        clocks: Clocks {
-            monotonic_ns: clocks.0,
-            boottime_ns: clocks.1,
-            realtime_ns: misc::clock_ns(libc::CLOCK_REALTIME),
+        clocks: match asked.first() {
+            Some(a) if frozen => Clocks {
+                monotonic_ns: a.clocks.0,
+                boottime_ns: a.clocks.1,
+                realtime_ns: misc::clock_ns(libc::CLOCK_REALTIME),
+            },
+            _ => clocks_of(procs[0].pid)?,
         },
         processes,
         mms,
@@ -337,6 +339,17 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         object_keys,
         started: procs.iter().map(|p| p.stat.start_time).collect(),
         blockers,
+    })
+}
+
+/// The clocks a process sees, without asking it: a skeleton's time namespace is made of them, before the freeze.
+fn clocks_of(pid: i32) -> io::Result<Clocks> {
+    let (ours, theirs) = (timens::offsets(std::process::id() as i32)?, timens::offsets(pid)?);
+    let seen = |clock, ours: i128, theirs: i128| u64::try_from(i128::from(misc::clock_ns(clock)) - ours + theirs).unwrap_or(0);
+    Ok(Clocks {
+        monotonic_ns: seen(libc::CLOCK_MONOTONIC, ours.monotonic, theirs.monotonic),
+        boottime_ns: seen(libc::CLOCK_BOOTTIME, ours.boottime, theirs.boottime),
+        realtime_ns: misc::clock_ns(libc::CLOCK_REALTIME),
     })
 }
 

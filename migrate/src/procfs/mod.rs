@@ -6,6 +6,7 @@ pub mod fdinfo;
 pub mod maps;
 pub mod stat;
 pub mod status;
+pub mod timens;
 pub mod timers;
 
 use std::{io, path::PathBuf};

@@ -15,7 +15,10 @@ use crate::{
     arch::{self, inject_stub, pilot},
     dump::pages::OBJECT_SPACE,
     image::{Backing, FileId, Kind, Mm, Process, Tree, Vdso, Vma},
-    procfs::{self, maps, stat, status},
+    procfs::{
+        self, maps, stat, status,
+        timens::{self, Offsets},
+    },
     sys::{mem::Mem, misc, ptrace},
     tracer::wait_stop_once,
 };
@@ -71,6 +74,8 @@ pub struct Rebuild {
     vdso_at: u64,
     released: bool,
     init: Option<i32>,
+    /// The copy's clocks, against the host's.
+    clock_offsets: Offsets,
     /// The fresh mount namespace, for the root to enter.
     mount_namespace: Option<File>,
     pub(super) fresh: bool,
@@ -175,6 +180,7 @@ impl Rebuild {
             park,
             released: false,
             init: None,
+            clock_offsets: Offsets::default(),
             mount_namespace: None,
             fresh_files,
             fresh: pids == Pids::Fresh,
@@ -240,30 +246,73 @@ impl Rebuild {
     }
 
     /// Keeps CLOCK_MONOTONIC and CLOCK_BOOTTIME from going back on a host that booted later (time_namespaces(7)).
-    fn time_namespace(&self) -> Result<(), PilotError> {
+    ///
+    /// The first process of a namespace fixes its offsets, so they come from the clocks that a skeleton's tree was seen with; what has passed
+    /// since is known only as well as both hosts' times of day agree. [`Rebuild::catch_up`] mends the rest.
+    fn time_namespace(&mut self) -> Result<(), PilotError> {
         let c = &self.tree.clocks;
         if c.monotonic_ns == 0 {
             return Ok(());
         }
+        let ours = timens::offsets(std::process::id() as i32).map_err(PilotError::agent("read this agent's time namespace"))?;
         let passed = misc::clock_ns(libc::CLOCK_REALTIME).saturating_sub(c.realtime_ns);
-        let here = |clock| misc::clock_ns(clock);
-        let due = |then: u64| then as i128 + passed as i128;
-        let off_mono = due(c.monotonic_ns) - here(libc::CLOCK_MONOTONIC) as i128;
-        let off_boot = due(c.boottime_ns) - here(libc::CLOCK_BOOTTIME) as i128;
-        // Clocks that agree to a second and do not go back are left alone.
-        let near = |off: i128, then: u64, now: u64| off.abs() < 1_000_000_000 && now >= then;
-        if near(off_mono, c.monotonic_ns, here(libc::CLOCK_MONOTONIC)) && near(off_boot, c.boottime_ns, here(libc::CLOCK_BOOTTIME)) {
+        let off = |then: u64, clock| i128::from(then) + i128::from(passed) - i128::from(misc::clock_ns(clock));
+        let monotonic = off(c.monotonic_ns, libc::CLOCK_MONOTONIC);
+        let boottime = off(c.boottime_ns, libc::CLOCK_BOOTTIME);
+        // Clocks that go on by less than a second, or go back by less than is soon caught up, are left alone.
+        let near = |off: i128| (-1_000_000_000..=1_000_000).contains(&off);
+        // A skeleton before this one may have given this thread's children clocks of their own.
+        let untouched = timens::offsets(misc::gettid()).is_ok_and(|o| o == ours);
+        if untouched && near(monotonic) && near(boottime) {
+            self.clock_offsets = ours;
             return Ok(());
         }
+        let offsets = Offsets {
+            monotonic: ours.monotonic + monotonic,
+            boottime: ours.boottime + boottime,
+        };
         const CLONE_NEWTIME: i32 = 0x80;
         misc::unshare(CLONE_NEWTIME).map_err(PilotError::agent("make a time namespace for another host's clocks"))?;
         let line = |name: &str, off: i128| format!("{name} {} {}\n", off.div_euclid(1_000_000_000), off.rem_euclid(1_000_000_000));
-        let text = line("monotonic", off_mono) + &line("boottime", off_boot);
+        let text = line("monotonic", offsets.monotonic) + &line("boottime", offsets.boottime);
+        self.clock_offsets = offsets;
         File::options()
             .write(true)
             .open(format!("/proc/{}/timens_offsets", misc::gettid()))
             .and_then(|mut f| f.write_all(text.as_bytes()))
             .map_err(PilotError::agent("set the time namespace's offsets"))
+    }
+
+    /// Waits until the copy's clocks are where the freeze found the original's: a skeleton's may be behind by as much as the hosts' times of
+    /// day differ, and by no more than the time between the look at the tree and the skeleton.
+    fn catch_up(&self, tree: &Tree) -> Result<(), PilotError> {
+        if tree.clocks.monotonic_ns == 0 {
+            return Ok(());
+        }
+        let ours = timens::offsets(std::process::id() as i32).map_err(PilotError::agent("read this agent's time namespace"))?;
+        let behind = |then: u64, clock, ours: i128, its: i128| i128::from(then) - (i128::from(misc::clock_ns(clock)) - ours + its);
+        let monotonic = behind(
+            tree.clocks.monotonic_ns,
+            libc::CLOCK_MONOTONIC,
+            ours.monotonic,
+            self.clock_offsets.monotonic,
+        );
+        let boottime = behind(
+            tree.clocks.boottime_ns,
+            libc::CLOCK_BOOTTIME,
+            ours.boottime,
+            self.clock_offsets.boottime,
+        );
+        let wait = monotonic.max(boottime);
+        if wait > 2_000_000_000 {
+            let text = format!("its clocks would go back by {} ms", wait / 1_000_000);
+            return Err(PilotError::agent("keep the clocks from going back")(io::Error::other(text)));
+        }
+        if let Ok(wait @ 1..) = u64::try_from(wait) {
+            tracing::info!(wait_us = wait / 1000, "the copy waits for its clocks");
+            std::thread::sleep(Duration::from_nanos(wait));
+        }
+        Ok(())
     }
 
     /// A fresh pid namespace with an init that reaps, and a /proc of its own. Later children of this thread are born into it.
@@ -506,7 +555,7 @@ impl Rebuild {
     pub fn complete(&mut self, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
         let nothing = Tree::empty(self.tree.host.clone());
         let tree = std::mem::replace(&mut self.tree, nothing);
-        let r = self.complete_with(&tree, stdio, guards);
+        let r = self.complete_with(&tree, stdio, guards).and_then(|()| self.catch_up(&tree));
         self.tree = tree;
         r
     }

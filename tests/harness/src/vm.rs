@@ -152,6 +152,7 @@ impl Shared {
 /// A running virtual machine. It ends with this value.
 pub struct Vm {
     name: &'static str,
+    kernel: String,
     address: &'static str,
     dir: PathBuf,
     qemu: Child,
@@ -234,6 +235,7 @@ impl Vm {
         thread::spawn(move || listen(from, &news));
         Vm {
             name,
+            kernel: kernel.into(),
             address,
             dir,
             qemu,
@@ -265,6 +267,11 @@ impl Vm {
     /// "a" or "b".
     pub fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// Its kernel: [`OLD`] or [`NEW`].
+    pub fn kernel(&self) -> &str {
+        &self.kernel
     }
 
     /// Its address on the cable.
