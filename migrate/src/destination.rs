@@ -365,13 +365,14 @@ async fn rounds_and_state<L: Link>(
         };
         let sink = site.shape(tree, names, drops).await?;
         let shape_ms = began.elapsed().as_secs_f64() * 1000.0;
-        let round = pages(link, sink, number, bytes, events).await?;
+        let (round, missed) = pages(link, sink.tolerant(), number, bytes, events).await?;
         events(Event::Round(round));
         rounds.push(round);
         let applied = Applied {
             number,
             pages: round.pages,
             zero: round.zero_pages,
+            missed,
             shape_ms,
         };
         wire::send(link, &Message::Applied(applied)).await.map_err(|e| text(&e))?;
@@ -399,7 +400,7 @@ async fn last<L: Link>(
         verify,
     } = state;
     let sink = site.shape(tree, names, drops).await?;
-    let round = pages(link, sink, rounds.len() as u32 + 1, bytes, events).await?;
+    let (round, _) = pages(link, sink, rounds.len() as u32 + 1, bytes, events).await?;
     rounds.push(round);
     let own_hashes = if verify {
         let hashes = site.with(|c| oracle::hashes(c.tree(), c.pids(), c.objects())).await?;
@@ -429,22 +430,25 @@ async fn last<L: Link>(
     Ok(arrived)
 }
 
+/// Pages that could not be written: (space or object, start, end).
+type Missed = Vec<(u32, u64, u64)>;
+
 /// Receives pages until the stream ends, and writes them from a thread of their own.
-async fn pages<L: Link>(link: &mut L, sink: Sink, number: u32, total: u64, events: &Events) -> Result<Round, String> {
+async fn pages<L: Link>(link: &mut L, sink: Sink, number: u32, total: u64, events: &Events) -> Result<(Round, Missed), String> {
     if total == 0 {
-        return Ok(Round::default());
+        return Ok(Default::default());
     }
     let start = Instant::now();
     let mut stream = link.accept_pages().await.map_err(|e| e.to_string())?;
     let (tx, rx) = std::sync::mpsc::sync_channel::<PageFrame>(4);
-    let writer = tokio::task::spawn_blocking(move || -> io::Result<(u64, u64)> {
+    let writer = tokio::task::spawn_blocking(move || -> io::Result<(u64, u64, Missed)> {
         let (mut pages, mut zero) = (0, 0);
         for frame in rx {
             let (p, z) = sink.write(&frame)?;
             pages += p;
             zero += z;
         }
-        Ok((pages, zero))
+        Ok((pages, zero, sink.missed()))
     });
     let tx = Arc::new(tx);
     let mut received = 0u64;
@@ -487,20 +491,21 @@ async fn pages<L: Link>(link: &mut L, sink: Sink, number: u32, total: u64, event
         }
     }
     drop(tx);
-    let (pages, zero_pages) = writer
+    let (pages, zero_pages, missed) = writer
         .await
         .map_err(|e| e.to_string())?
         .map_err(|e| format!("writing the copy's memory failed: {e}"))?;
     if let Some(f) = failed {
         return Err(f);
     }
-    Ok(Round {
+    let round = Round {
         pages,
         zero_pages,
         bytes: received,
         ms: start.elapsed().as_secs_f64() * 1000.0,
         stopped_ms: 0.0,
-    })
+    };
+    Ok((round, missed))
 }
 
 /// What became of a migration, from the journal alone: presumed abort.

@@ -96,7 +96,7 @@ pub struct RoundStart {
 }
 
 /// A round has arrived.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Applied {
     /// Which.
     pub number: u32,
@@ -104,6 +104,8 @@ pub struct Applied {
     pub pages: u64,
     /// Zero pages.
     pub zero: u64,
+    /// Pages that could not be written, because something else is mapped there by now: (space or object, start, end).
+    pub missed: Vec<(u32, u64, u64)>,
     /// Milliseconds until the skeleton had its new shape.
     pub shape_ms: f64,
 }

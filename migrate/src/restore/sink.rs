@@ -14,6 +14,7 @@ use std::{
     fs::File,
     io,
     os::{fd::OwnedFd, unix::fs::FileExt},
+    sync::Mutex,
 };
 
 #[derive(Debug)]
@@ -39,12 +40,39 @@ struct Area {
 /// Writes page frames. Every run has to lie inside one mapping that may hold private pages, or inside an object.
 #[derive(Debug, Default)]
 pub struct Sink {
+    /// Pages that could not be written are noted here instead of being an error: in rounds the original may have mapped something else by now than
+    /// what the copy was told of, e.g. a file that ends before this page. They stay owed by the source.
+    missed: Option<Mutex<Vec<(u32, u64, u64)>>>,
     spaces: HashMap<u32, Space>,
     /// Descriptor, bytes, nothing written before.
     objects: HashMap<u32, (File, u64, bool)>,
 }
 
 impl Sink {
+    /// From now on pages that cannot be written are only noted: see [`Sink::missed`].
+    pub fn tolerant(mut self) -> Self {
+        self.missed = Some(Mutex::default());
+        self
+    }
+
+    /// Pages that could not be written: (space, start, end).
+    pub fn missed(self) -> Vec<(u32, u64, u64)> {
+        self.missed.and_then(|m| m.into_inner().ok()).unwrap_or_default()
+    }
+
+    /// An error of writing a run becomes a note where that is allowed.
+    fn excuse(&self, run: (u32, u64, u64), r: io::Result<()>) -> io::Result<()> {
+        match (r, &self.missed) {
+            (Err(_), Some(missed)) => {
+                if let Ok(mut m) = missed.lock() {
+                    m.push(run);
+                }
+                Ok(())
+            }
+            (r, _) => r,
+        }
+    }
+
     /// Adds a process's address space. `fresh`: nothing was written to it before.
     pub fn add_process(&mut self, space: u32, pid: i32, mm: &Mm, fresh: bool) -> io::Result<()> {
         let ranges = mm
@@ -89,7 +117,8 @@ impl Sink {
         for run in &frame.runs {
             if run.zero {
                 zeros += run.pages as u64;
-                self.zero(run)?;
+                self.check(run)?;
+                self.excuse((run.space, run.start, run.end()), self.zero(run))?;
                 continue;
             }
             pages += run.pages as u64;
@@ -98,14 +127,17 @@ impl Sink {
             match self.direct(run)? {
                 Some(pid) => {
                     if !together.fits(pid, slices.len()) {
-                        together.write()?;
+                        together.write(self)?;
                     }
                     together.add(pid, run, slices);
                 }
-                None => self.write_run(run, &slices)?,
+                None => {
+                    self.check(run)?;
+                    self.excuse((run.space, run.start, run.end()), self.write_run(run, &slices))?;
+                }
             }
         }
-        together.write()?;
+        together.write(self)?;
         Ok((pages, zeros))
     }
 
@@ -189,6 +221,7 @@ impl Sink {
 #[derive(Default)]
 struct Together<'a> {
     pid: i32,
+    spaces: Vec<u32>,
     ranges: Vec<(u64, u64)>,
     chunks: Vec<&'a [u8]>,
 }
@@ -200,16 +233,29 @@ impl<'a> Together<'a> {
 
     fn add(&mut self, pid: i32, run: &Run, chunks: Vec<&'a [u8]>) {
         self.pid = pid;
+        self.spaces.push(run.space);
         self.ranges.push((run.start, run.len()));
         self.chunks.extend(chunks);
     }
 
-    fn write(&mut self) -> io::Result<()> {
-        match self.ranges.as_slice() {
-            [] => Ok(()),
-            [one] => mem::write(self.pid, one.0, &self.chunks),
-            many => mem::write_many(self.pid, many, &self.chunks),
-        }?;
+    fn write(&mut self, sink: &Sink) -> io::Result<()> {
+        if self.ranges.is_empty() {
+            return Ok(());
+        }
+        if mem::write_many(self.pid, &self.ranges, &self.chunks).is_err() {
+            // Page by page and by force, to find what cannot be written and say which.
+            let mem = Mem::open(self.pid)?;
+            let all = self.chunks.concat();
+            let mut pages = all.chunks(PAGE as usize);
+            for (space, &(start, len)) in self.spaces.iter().zip(&self.ranges) {
+                for at in (start..start + len).step_by(PAGE as usize) {
+                    let page = pages.next().ok_or(io::ErrorKind::InvalidData)?;
+                    let written = mem.write(at, page).map_err(|e| io::Error::new(e.kind(), format!("page {at:#x}: {e}")));
+                    sink.excuse((*space, at, at + PAGE), written)?;
+                }
+            }
+        }
+        self.spaces.clear();
         self.ranges.clear();
         self.chunks.clear();
         Ok(())

@@ -1,7 +1,7 @@
 //! Pre-copy rounds at the source: what the destination holds, what it is owed, and what each look at the tree adds to that.
 //!
-//! For every address space there are two sets of pages. *held*: the destination has this page as it was when it was last armed. *owed*: the
-//! page was seen dirty, is armed by now, and has not been delivered. Whatever the tracker finds dirty goes to owed; what a round has delivered
+//! For every address space there are two sets of pages. *held*: the destination may have some version of this page. *owed*: the page was seen
+//! dirty, is armed by now, and has not been delivered. Whatever the tracker finds dirty goes to owed; what a round has delivered
 //! moves from owed to held. Nothing else ever leaves owed but memory that is not there any more, so a page that was armed is never forgotten:
 //! not one that a round held back because it is hot, not one that could not be read.
 //!
@@ -213,7 +213,7 @@ impl Rounds {
                 continue;
             }
             if let Some(s) = self.tracks.spaces.values_mut().find(|s| s.name == *name) {
-                s.held.remove(*start, *end);
+                // Still held as well: the destination may have an older version, which has to go if the page vanishes.
                 s.owed.insert(*start, *end);
             }
         }
