@@ -100,7 +100,8 @@ fn clocks_through_the_vdso_of_another_kernel() {
         } else {
             (&hosts.b, &hosts.a)
         };
-        let moved = hosts.move_tree(from, pid, &Stdio::Null);
+        let mode = if round % 4 < 2 { "stop" } else { "pre-copy" };
+        let moved = hosts.move_with(from, pid, &Stdio::Null, &["--mode", mode]);
         pid = moved.pid;
         assert!(guest.beats(), "move {round}");
         guest.verify(&format!("after move {round}"));

@@ -449,3 +449,21 @@ pub fn compare(ours: &Host, theirs: &Host) -> Vec<CheckItem> {
         ),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_kernel_is_noted_and_no_obstacle() {
+        let ours = dump::host::host().unwrap();
+        let mut theirs = ours.clone();
+        let kernel = |theirs: &Host| compare(&ours, theirs).into_iter().find(|i| i.name == "kernel").unwrap();
+        assert_eq!(kernel(&theirs).ok, CheckOk::Yes);
+        theirs.kernel = "6.1.0".into();
+        theirs.vdso_hash = "0".into();
+        assert_eq!(kernel(&theirs).ok, CheckOk::Degraded);
+        assert!(kernel(&theirs).effect.contains("its vdso is replaced"));
+        assert!(compare(&ours, &theirs).iter().all(|i| i.ok != CheckOk::No));
+    }
+}

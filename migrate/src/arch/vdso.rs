@@ -1,7 +1,7 @@
 //! The vdso of one kernel made to serve under another: its functions become jumps to those of the kernel that the process is on.
 //!
 //! A program calls the vdso at addresses it looked up once, so the code of the kernel it was started on has to stay where it was. That code
-//! reads data of its own kernel ([vvar]) and cannot run elsewhere. So the copy gets ordinary memory in place of all three mappings, the *proxy*:
+//! reads data of its own kernel (`[vvar]`) and cannot run elsewhere. So the copy gets ordinary memory in place of all three mappings, the *proxy*:
 //!
 //! ```text
 //! vvar ...        zeros, but for the last half page before the vdso:

@@ -34,16 +34,6 @@ pub fn is_foreign(mm: &Mm, vdsos: &[Vdso]) -> io::Result<bool> {
     Ok(has && (forced || vdsos.get(mm.vdso as usize) != Some(&own()?.vdso)))
 }
 
-/// Whether any of a tree does.
-pub fn any_foreign(tree: &Tree) -> io::Result<bool> {
-    for mm in &tree.mms {
-        if is_foreign(mm, &tree.vdsos)? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
 /// What an address space gets, if it comes from another kernel. This kernel's mappings wait in `park` and will go to `real`.
 pub fn foreign(mm: &Mm, vdsos: &[Vdso], park: &Parking, real: u64) -> Result<Option<Foreign>, String> {
     if !is_foreign(mm, vdsos).map_err(|e| e.to_string())? {
