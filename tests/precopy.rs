@@ -5,7 +5,7 @@ use migrate_harness::{Ended, Guest, Stdio, skip, two_hosts, within};
 use std::time::Duration;
 
 /// How it is moved.
-const HOW: &[&str] = &["--mode", "stop"];
+const HOW: &[&str] = &["--mode", "pre-copy"];
 
 /// Rounds that a migration must have had, or the operation may not have happened between two of them.
 fn fewest_rounds() -> usize {

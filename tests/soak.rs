@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 /// How it is moved. One line for each mode and tracker, and one test for each of these below.
 const STOP: &[&str] = &["--mode", "stop"];
+const PRE_COPY: &[&str] = &["--mode", "pre-copy"];
 
 /// Operations that a soak of 200 migrations must have done in the end; a shorter one in proportion.
 const OPERATIONS: u64 = 1_000_000;
@@ -73,6 +74,8 @@ macro_rules! soaks {
 }
 soaks! {
     everything_with_stop: STOP, &[];
+    everything_with_pre_copy: PRE_COPY, &[];
     // Mappings that should be gone are found only where no thread's stack comes and goes.
     memory_alone_with_stop: STOP, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];
+    memory_alone_with_pre_copy: PRE_COPY, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];
 }

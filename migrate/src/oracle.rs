@@ -1,7 +1,7 @@
 //! The memory oracle: hashes of every page with content, on both sides, by the slow and simple way.
 //!
 //! `send --verify` takes them while the tree is frozen; the destination takes its own before the release and refuses the handover when one
-//! differs. A page of zeros and an absent page are the same to the program and to the oracle.
+//! differs. In anonymous memory a page of zeros and an absent page are the same to the program and to the oracle; over a file they are not.
 
 use crate::{
     dump::pages::{self, OBJECT_SPACE, Reader},
@@ -10,7 +10,7 @@ use crate::{
 };
 use std::{fs::File, io, os::fd::OwnedFd};
 
-/// (space, address, first 8 bytes of blake3) of every page that is not zero, ascending.
+/// (space, address, first 8 bytes of blake3) of every page that is not zero, or not what an untouched page would be, ascending.
 pub fn hashes(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> io::Result<Vec<(u32, u64, u64)>> {
     let (plans, _) = pages::plan_tree(tree, pids, objects)?;
     let mut out = Vec::new();
@@ -25,9 +25,17 @@ pub fn hashes(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> io::Result<Vec<
                 .unwrap_or(0);
             Reader::Process(Mem::open(pids[at])?)
         };
+        let vmas = tree.mms.get(plan.space as usize).map_or(&[][..], |m| &m.vmas);
         pages::read_plan(&plan, &reader, &mut |batch| {
             let mut data = batch.data.iter().flat_map(|d| d.chunks(PAGE as usize));
-            for run in batch.runs.iter().filter(|r| !r.zero) {
+            for run in &batch.runs {
+                if run.zero {
+                    let over_file = |at: u64| vmas.iter().any(|v| (v.start..v.end).contains(&at) && crate::track::over_file(v));
+                    if over_file(run.start) {
+                        out.extend((0..u64::from(run.pages)).map(|k| (plan.space, run.start + k * PAGE, 0)));
+                    }
+                    continue;
+                }
                 for k in 0..run.pages as u64 {
                     let page = data.next().unwrap_or_default();
                     let h = blake3::hash(page);

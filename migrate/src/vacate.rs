@@ -376,4 +376,72 @@ mod tests {
         assert!(!examine(child.0, own).unwrap().diverted);
         assert_eq!(left_inside(&f.procs[0]), None);
     }
+
+    /// Not a test: what [`agents_die_while_they_freeze_it`] kills.
+    #[test]
+    #[ignore = "run by another test"]
+    fn agent() {
+        let Some(pid) = std::env::var("MIGRATE_TEST_FREEZE").ok().and_then(|p| p.parse().ok()) else {
+            return;
+        };
+        while let Ok(f) = Frozen::freeze(pid, Duration::from_secs(5)) {
+            drop(f);
+        }
+    }
+
+    /// A page that this process shares with its children.
+    fn shared() -> &'static [std::sync::atomic::AtomicU64; 2] {
+        // SAFETY: a fresh page of zeros that stays mapped.
+        unsafe {
+            let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+            let p = libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            assert_ne!(p, libc::MAP_FAILED);
+            &*p.cast()
+        }
+    }
+
+    #[test]
+    fn agents_die_while_they_freeze_it() {
+        use std::sync::atomic::Ordering::SeqCst;
+        let [rounds, wrong] = shared();
+        let mut last = 0;
+        let child = Child::new(move || {
+            let now = crate::sys::misc::clock_ns(libc::CLOCK_MONOTONIC);
+            if now < last {
+                wrong.store(now, SeqCst);
+            }
+            last = now;
+            rounds.fetch_add(1, SeqCst);
+        });
+        if Frozen::freeze(child.0, Duration::from_secs(5)).is_err() {
+            return;
+        }
+        let mut seed = u64::from(std::process::id()) | 1;
+        for n in 0..60 {
+            let mut agent = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--ignored", "--exact", "vacate::tests::agent"])
+                .env("MIGRATE_TEST_FREEZE", child.0.to_string())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            std::thread::sleep(Duration::from_millis(20) + Duration::from_micros(seed >> 50));
+            let _ = agent.kill();
+            let _ = agent.wait();
+            let before = rounds.load(SeqCst);
+            let end = Instant::now() + Duration::from_secs(10);
+            while rounds.load(SeqCst) < before + 100 && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(
+                rounds.load(SeqCst) >= before + 100,
+                "after {n} agents it does not go on: {:?}",
+                procfs::read(child.0, "status")
+            );
+            assert_eq!(wrong.load(SeqCst), 0, "its clock went back");
+        }
+        // What the last one left is put right.
+        drop(Frozen::freeze(child.0, Duration::from_secs(5)).unwrap());
+        assert!(!examine(child.0, own().unwrap()).unwrap().diverted);
+    }
 }

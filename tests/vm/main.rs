@@ -119,11 +119,24 @@ fn between_two_of_the_old_kernel() {
     counter(&vms, "pre-copy");
 }
 
+/// Looks at every clock through the vdso of the kernel it was started on, without pause: to the machine with another, and back to where the real
+/// one is.
+fn clocks(vms: &Vms, mode: &str) {
+    for from in [&vms.a, &vms.b] {
+        let (guest, copy) = there(vms, from, mode, "clocks");
+        let home = go(vms, vms.other(from), &guest, copy, mode);
+        let maps = from.run(&format!("grep -E 'vdso|vvar' /proc/{home}/maps"));
+        println!("home on {}:\n{}", from.name(), maps.stdout);
+        guest.quit();
+    }
+}
+
 #[test]
 fn between_kernels() {
     let vms = two_machines!(OLD, NEW);
     counter(&vms, "stop");
     clock(&vms, "stop");
+    clocks(&vms, "stop");
 }
 
 #[test]
@@ -131,4 +144,5 @@ fn between_kernels_pre_copied() {
     let vms = two_machines!(OLD, NEW);
     counter(&vms, "pre-copy");
     clock(&vms, "pre-copy");
+    clocks(&vms, "pre-copy");
 }

@@ -90,8 +90,36 @@ fn look(root: i32, host: Host, cache: &mut mm::Cache, mode: fds::Mode) -> Result
             stat,
         });
     }
-    let mut asked: Vec<_> = procs.iter().map(|_| task::Asked::default()).collect();
-    collect(&procs, &mut asked, host, mode, cache)
+    // Processes end under the look: without them, and what is below them, it is tried again.
+    loop {
+        let mut asked: Vec<_> = procs.iter().map(|_| task::Asked::default()).collect();
+        match collect(&procs, &mut asked, host.clone(), mode, cache) {
+            Err(e) if drop_ended(&mut procs) == 0 || procs.is_empty() => return Err(e),
+            Err(_) => {}
+            r => return r,
+        }
+    }
+}
+
+/// Takes processes out of a list that have ended since, with their descendants; the others keep their order. Returns how many.
+fn drop_ended(procs: &mut Vec<Proc>) -> usize {
+    let before = procs.len();
+    let mut place: Vec<Option<usize>> = Vec::with_capacity(before);
+    let mut kept = Vec::with_capacity(before);
+    for mut p in std::mem::take(procs) {
+        let now = stat::read(p.pid);
+        let same = now.is_ok_and(|s| s.start_time == p.stat.start_time && (s.state == b'Z') == p.is_zombie());
+        let parent = p.parent.map(|i| place[i]);
+        if !same || parent == Some(None) {
+            place.push(None);
+            continue;
+        }
+        p.parent = parent.flatten();
+        place.push(Some(kept.len()));
+        kept.push(p);
+    }
+    *procs = kept;
+    before - procs.len()
 }
 
 /// Reads everything of a frozen tree but the pages.

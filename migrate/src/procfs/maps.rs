@@ -101,7 +101,7 @@ pub fn parse(text: &[u8]) -> Result<Vec<Mapping>, ParseError> {
         } else {
             let m = header(line).ok_or_else(|| ParseError::new("maps", line))?;
             if v.last().is_some_and(|l| l.end > m.start) && m.name != b"[vsyscall]" {
-                return Err(ParseError::new("maps order", line));
+                return Err(ParseError::new(ORDER, line));
             }
             v.push(m);
         }
@@ -111,12 +111,28 @@ pub fn parse(text: &[u8]) -> Result<Vec<Mapping>, ParseError> {
 
 /// Reads and parses /proc/PID/smaps.
 pub fn smaps(pid: i32) -> std::io::Result<Vec<Mapping>> {
-    Ok(parse(&super::read(pid, "smaps")?)?)
+    consistent(|| super::read(pid, "smaps"))
 }
 
 /// Reads and parses /proc/PID/maps.
 pub fn maps(pid: i32) -> std::io::Result<Vec<Mapping>> {
-    Ok(parse(&super::read(pid, "maps")?)?)
+    consistent(|| super::read(pid, "maps"))
+}
+
+/// What [`parse`] calls two mappings of which one begins inside the other.
+const ORDER: &str = "maps order";
+
+/// The kernel gives the list out a page at a time. If a mapping grows between two pages, in a process that runs (the agent's own heaps too), it comes a second time and overlaps itself; then the list is read again.
+fn consistent(mut read: impl FnMut() -> std::io::Result<Vec<u8>>) -> std::io::Result<Vec<Mapping>> {
+    const TRIES: u32 = 100;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match parse(&read()?) {
+            Err(e) if e.what == ORDER && tries < TRIES => {}
+            result => return Ok(result?),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -140,6 +156,19 @@ mod tests {
             (m[0].start, m[0].end, m[0].shared, m[0].offset, m[0].ino),
             (0x1000, 0x2000, true, 0x1000, 42)
         );
+    }
+
+    #[test]
+    fn a_list_that_changed_while_it_was_read_is_read_again() {
+        let texts = ["1000-2000 rw-p 0 0:0 0 \n1000-3000 rw-p 0 0:0 0 \n", "1000-3000 rw-p 0 0:0 0 \n"];
+        let mut n = 0;
+        let list = consistent(|| {
+            n += 1;
+            Ok(texts[n - 1].into())
+        });
+        assert_eq!((list.unwrap().len(), n), (1, 2));
+        assert!(consistent(|| Ok(texts[0].into())).is_err(), "for ever");
+        assert!(consistent(|| Ok("zz".into())).is_err());
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::fds::{FileUse, same_file};
 use super::pilots::{Batch, PilotError, Pilots};
 use super::vdso::{self, Foreign};
 use crate::{
-    image::{Backing, FileId, Mm, PAGE, Vma},
+    image::{Backing, FileId, Layout, Mm, PAGE, Vma},
     procfs::maps,
     sys::misc,
 };
@@ -245,12 +245,36 @@ pub fn map(mm: &Mm, park: &Parking, foreign: Option<&Foreign>, fd_of: FdOf<'_>, 
     out
 }
 
-/// PR_SET_MM_MAP: heap, arguments, environment, auxv, and the executable unless it is u64::MAX. The structure holds an address of the data: use
-/// [`resolve_auxv`] on the batch before it runs; nothing else may add data to it.
-pub fn layout(mm: &Mm, exe_fd: u64) -> Batch {
+/// PR_SET_MM_MAP: the executable, with addresses that only have to be in order. What the running original had for them may be half of an execve(2)'s
+/// work; the real ones come with [`layout`].
+pub fn executable(fd: u64) -> Batch {
+    // Above what vm.mmap_min_addr may be.
+    const AT: u64 = 1 << 20;
+    let l = Layout {
+        start_code: AT,
+        end_code: AT + PAGE,
+        start_data: AT,
+        end_data: AT + PAGE,
+        start_brk: AT + PAGE,
+        brk: AT + PAGE,
+        start_stack: AT,
+        arg_start: AT,
+        arg_end: AT,
+        env_start: AT,
+        env_end: AT,
+    };
+    mm_map(&l, &[], fd)
+}
+
+/// PR_SET_MM_MAP: heap, arguments, environment, auxv. The structure holds an address of the data: use [`resolve_auxv`] on the batch before it runs;
+/// nothing else may add data to it.
+pub fn layout(mm: &Mm) -> Batch {
+    mm_map(&mm.layout, &mm.auxv, u64::MAX)
+}
+
+fn mm_map(l: &Layout, auxv: &[u8], exe_fd: u64) -> Batch {
     let mut b = Batch::new();
-    let l = &mm.layout;
-    let auxv = b.data(&mm.auxv);
+    let at = b.data(auxv);
     let mut s = Vec::with_capacity(104);
     for v in [
         l.start_code,
@@ -264,11 +288,11 @@ pub fn layout(mm: &Mm, exe_fd: u64) -> Batch {
         l.arg_end,
         l.env_start,
         l.env_end,
-        auxv,
+        if auxv.is_empty() { 0 } else { at },
     ] {
         s.extend_from_slice(&v.to_le_bytes());
     }
-    s.extend_from_slice(&(mm.auxv.len() as u32).to_le_bytes());
+    s.extend_from_slice(&(auxv.len() as u32).to_le_bytes());
     s.extend_from_slice(&(exe_fd as u32).to_le_bytes());
     let m = b.data(&s);
     b.call("PR_SET_MM_MAP", libc::SYS_prctl, &[PR_SET_MM, PR_SET_MM_MAP, m, 104, 0]);

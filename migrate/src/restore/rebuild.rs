@@ -465,6 +465,10 @@ impl Rebuild {
         let mut given = self.give_mapped(i, &needed, Some(&mm.exe))?;
         let slot = self.slots[i][0];
         let (records, _) = self.pilots.capacity(slot);
+        // First the executable: with anything of the former one mapped it cannot be exchanged, and both may be the same file.
+        if let Some(exe) = given.exe.take() {
+            self.pilots.run(slot, &mm::executable(exe))?;
+        }
         let foreign = vdso::foreign(&mm, &self.tree.vdsos, &self.park, self.vdso_at)
             .map_err(|e| PilotError::agent("replace the vdso of another kernel")(io::Error::other(e)))?;
         for b in &mm::map(&mm, &self.park, foreign.as_ref(), &|v| given.number(v), records - 8).into_vec() {
@@ -474,8 +478,7 @@ impl Rebuild {
             f.write(self.pids[i])
                 .map_err(PilotError::agent("write the vdso of another kernel"))?;
         }
-        let mut b = mm::layout(&mm, given.exe.take().unwrap_or(u64::MAX));
-        mm::resolve_auxv(&mut b, &self.pilots, slot, mm.auxv.len());
+        let mut b = Batch::new();
         b.call("close mapping descriptors", libc::SYS_close_range, &[0, self.socket_number - 1, 0]);
         self.pilots.run(slot, &b).map(drop)
     }
@@ -588,8 +591,7 @@ impl Rebuild {
             let slot = self.slots[i][0];
             let (records, _) = self.pilots.capacity(slot);
             let mm = &tree.mms[p.mm as usize];
-            // The break may have moved since the skeleton was built.
-            let mut b = mm::layout(mm, u64::MAX);
+            let mut b = mm::layout(mm);
             mm::resolve_auxv(&mut b, &self.pilots, slot, mm.auxv.len());
             self.pilots.run(slot, &b)?;
             let none = Vec::new();

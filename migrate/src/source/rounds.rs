@@ -46,6 +46,8 @@ struct Space {
     owed: PageSet,
     /// What was dirty in the rounds before, newest first.
     recent: Vec<PageSet>,
+    /// Mappings that the last look found untracked: those that are still there at the next are adopted.
+    young: HashSet<(u64, u64)>,
 }
 
 impl Space {
@@ -56,6 +58,7 @@ impl Space {
             held: PageSet::new(),
             owed: PageSet::new(),
             recent: Vec::new(),
+            young: HashSet::new(),
         }
     }
 
@@ -64,6 +67,19 @@ impl Space {
         let lost = self.held.clip(start, end);
         self.held.remove(start, end);
         self.owed.extend(&lost);
+    }
+
+    /// Mappings to be tracked, of a stopped process: those seen untracked twice, by their present borders.
+    fn adoptable(&mut self, pid: i32) -> io::Result<Vec<(u64, u64)>> {
+        let old = PageSet::from_ranges(std::mem::take(&mut self.young));
+        let now = maps::maps(pid)?;
+        let mut out = Vec::new();
+        for m in now.iter().filter(|m| !m.shared && !m.name.starts_with(b"[v")) {
+            if old.overlaps(m.start, m.end) {
+                out.push((m.start, m.end));
+            }
+        }
+        Ok(out)
     }
 
     /// A range is new or gone: nothing that is known of it counts.
@@ -216,7 +232,7 @@ impl Rounds {
             untracked = self.attach(&d);
         }
         let mut p = self.scan(&d)?;
-        p.stopped = frozen.as_ref().map_or(Duration::ZERO, |f| f.since.elapsed());
+        p.stopped += frozen.as_ref().map_or(Duration::ZERO, |f| f.since.elapsed());
         drop(frozen);
         self.tracks.objects(&d, &mut p)?;
         p.untracked = untracked;
@@ -322,6 +338,8 @@ impl Rounds {
             let mut dirty = PageSet::new();
             let mut private = PageSet::new();
             let mut gone = false;
+            let mut adopt = false;
+            let mut young = HashSet::new();
             for v in d.tree.mms[p.mm as usize].vmas.iter().filter(|v| track::has_private_pages(v)) {
                 private.insert(v.start, v.end);
                 match tracker.scan(v, &s.held, false) {
@@ -339,6 +357,11 @@ impl Rounds {
                         break;
                     }
                     Err(TrackError::Changed) => s.void(v.start, v.end, &mut t.drops),
+                    Err(TrackError::Untracked) => {
+                        s.void(v.start, v.end, &mut t.drops);
+                        adopt |= s.young.contains(&(v.start, v.end));
+                        young.insert((v.start, v.end));
+                    }
                     Err(TrackError::Io(e)) => return Err(e),
                 }
             }
@@ -349,6 +372,17 @@ impl Rounds {
                 continue;
             }
             tracker.arm()?;
+            s.young = young;
+            if adopt {
+                match Frozen::freeze(*pid, Duration::from_secs(5)) {
+                    Ok(f) => {
+                        tracker.adopt(&s.adoptable(*pid)?);
+                        out.stopped += f.since.elapsed();
+                    }
+                    // Ended meanwhile, most likely.
+                    Err(e) => tracing::debug!(pid, error = %e, "new mappings are not tracked"),
+                }
+            }
             s.tracker = Some(tracker);
             out.dirtied += dirty.bytes();
             s.owed.extend(&dirty);
@@ -645,7 +679,17 @@ fn ask_userfault(f: &mut Frozen, i: usize) -> Result<WpAsync, Ask> {
     let made = run(Record::new(libc::SYS_userfaultfd, &[flags]));
     let taken = match made {
         Ok(fd) if fd >= 0 => {
-            let taken = WpAsync::new(pid, fd as i32).map_err(Ask::Io);
+            let table = inj.table();
+            let taken = WpAsync::new(pid, fd as i32)
+                .and_then(|mut t| {
+                    let now = maps::maps(pid)?;
+                    let all = now
+                        .iter()
+                        .filter(|m| !m.shared && !m.name.starts_with(b"[v") && (m.start, m.end) != table);
+                    t.adopt(&all.map(|m| (m.start, m.end)).collect::<Vec<_>>());
+                    Ok(t)
+                })
+                .map_err(Ask::Io);
             // A signal in between ends the batch, not the need for this.
             let mut closed = run(Record::new(libc::SYS_close, &[fd as u64]));
             for _ in 0..20 {

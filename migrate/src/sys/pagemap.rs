@@ -96,42 +96,55 @@ impl Pagemap {
     }
 
     fn scan(&self, start: u64, end: u64, guard: u64, out: &mut Vec<Range>) -> io::Result<()> {
-        let mut at = start;
-        let mut vec = [Region::default(); 512];
-        while at < end {
-            let mut arg = ScanArg {
-                size: 96,
-                start: at,
-                end,
-                vec: vec.as_mut_ptr() as u64,
-                vec_len: vec.len() as u64,
-                category_anyof_mask: PRESENT | SWAPPED | guard,
-                return_mask: PRESENT | SWAPPED | FILE | PFNZERO | guard,
-                ..Default::default()
-            };
-            // SAFETY: `arg` and the vector it names outlive the call; the kernel writes at most vec_len regions.
-            let n = super::check(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } as i64)?;
-            for r in &vec[..n as usize] {
-                if r.categories & guard != 0 {
-                    out.push(Range {
-                        start: r.start,
-                        end: r.end,
-                        file: false,
-                        guard: true,
-                    });
-                } else if r.categories & PFNZERO == 0 {
-                    out.push(Range {
-                        start: r.start,
-                        end: r.end,
-                        file: r.categories & FILE != 0,
-                        guard: false,
-                    });
+        let arg = ScanArg {
+            start,
+            end,
+            category_anyof_mask: PRESENT | SWAPPED | guard,
+            return_mask: PRESENT | SWAPPED | FILE | PFNZERO | guard,
+            ..Default::default()
+        };
+        let mut doubtful = false;
+        self.scan_into(arg, |r| {
+            if r.categories & guard == 0 && r.categories & PFNZERO != 0 {
+                return;
+            }
+            doubtful |= r.categories & (PRESENT | guard) == 0;
+            out.push(Range {
+                start: r.start,
+                end: r.end,
+                file: r.categories & FILE != 0,
+                guard: r.categories & guard != 0,
+            });
+        })?;
+        if doubtful { self.without_markers(start, out) } else { Ok(()) }
+    }
+
+    /// Takes what is no content out of the ranges from `start` on: markers that write protection leaves in the page tables of dropped pages count
+    /// as swapped to the scan. Their swap type is the last of 32 (SWP_PTE_MARKER), which no swap area can have.
+    fn without_markers(&self, start: u64, out: &mut Vec<Range>) -> io::Result<()> {
+        let from = out.partition_point(|r| r.end <= start);
+        let ranges = out.split_off(from);
+        for r in ranges {
+            if r.guard || r.file {
+                out.push(r);
+                continue;
+            }
+            self.entries(r.start, r.end, |at, e| {
+                const SWAP: u64 = 1 << 62;
+                let marker = e & SWAP != 0 && e & 31 == 31;
+                let nothing = e >> 62 & 3 == 0;
+                if marker || nothing {
+                    return;
                 }
-            }
-            if arg.walk_end <= at {
-                break;
-            }
-            at = arg.walk_end;
+                match out.last_mut() {
+                    Some(l) if l.end == at && l.start >= r.start && !l.guard && !l.file => l.end += PAGE,
+                    _ => out.push(Range {
+                        start: at,
+                        end: at + PAGE,
+                        ..r
+                    }),
+                }
+            })?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@
 //!
 //! | | wp-async | soft-dirty |
 //! |---|---|---|
-//! | stops the process | once, to make the descriptor | at every round, to read and clear at one moment |
+//! | stops the process | to make the descriptor, and when mappings are new | at every round, to read and clear at one moment |
 //! | cost of a clean GiB | 0.3 to 0.6 ms | 3 to 10 ms |
 //! | a new mapping shows as | not registered (EPERM) | all of it dirty |
 //! | dropped anonymous pages show as | not armed | absent |
@@ -57,6 +57,9 @@ pub enum TrackError {
     /// The mapping changed under the look; what is known of it is void.
     #[error("the mapping changed meanwhile")]
     Changed,
+    /// The mapping is not tracked yet ([`Tracker::adopt`]); what is known of it is void.
+    #[error("the mapping is not tracked")]
+    Untracked,
     /// Anything else.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -70,6 +73,9 @@ pub trait Tracker: Send + std::fmt::Debug {
 
     /// Called when all mappings were looked at, still within the stop if there is one: soft-dirty bits are cleared here.
     fn arm(&mut self) -> io::Result<()>;
+
+    /// Tracks these mappings from now on: whole ones, as they are while the process is stopped. Where nothing has to be done for that, nothing is.
+    fn adopt(&mut self, _mappings: &[(u64, u64)]) {}
 
     /// Whether the process has to be stopped from the first [`Tracker::scan`] of a round to [`Tracker::arm`].
     fn stops(&self) -> bool;

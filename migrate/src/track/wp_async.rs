@@ -5,7 +5,10 @@
 //! from outside while the process runs. Reading what was written and arming it again is one atomic call, so no round stops anything.
 //!
 //! - A mapping that appeared since is not registered: the scan answers EPERM. By then it may have armed some pages, so the whole mapping
-//!   counts as new: registered, and everything in it sent.
+//!   counts as new, and everything in it is sent again.
+//! - Registering a range splits mappings at its ends. Done from an old list while the process runs, that cut a mapping in two that had grown in
+//!   between, and the program's next mremap(2) over both failed with EFAULT. So mappings are registered in a short stop, whole, by the list of that
+//!   moment, and only those that have outlived a round.
 //! - Pages dropped by MADV_DONTNEED are holes again, and holes are not armed: the last look asks for everything that is not armed, which is
 //!   also the kernel's fast way. Asking it over a large reserve would report all of that reserve, so only blocks in which the destination
 //!   holds pages are looked at like that; in the others whatever is populated is new.
@@ -63,24 +66,18 @@ impl WpAsync {
         let mut scan = Scan::default();
         let mut found = Vec::new();
         match self.pagemap.take_written(vma.start, vma.end, &mut found) {
-            Err(e) if e.raw_os_error() == Some(libc::EPERM) => {
-                scan.fresh = true;
-                self.guards.remove(vma.start, vma.end);
-                self.uffd.register(vma.start, vma.end).map_err(changed)?;
-                found.clear();
-                self.pagemap.take_written(vma.start, vma.end, &mut found).map_err(changed)?;
-            }
+            Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Err(TrackError::Untracked),
             r => r.map_err(changed)?,
         }
-        self.note(&found, over_file(vma), &mut scan);
         if self.void.overlaps(vma.start, vma.end) {
+            // Armed by now, all of it: what is there has to be sent, whenever it was written.
             self.void.remove(vma.start, vma.end);
-            let whole = self.whole(vma, held)?;
-            scan = Scan {
+            return self.whole(vma, held).map(|whole| Scan {
                 gone: PageSet::new(),
                 ..whole
-            };
+            });
         }
+        self.note(&found, over_file(vma), &mut scan);
         if over_file(vma) {
             // Dropped pages of a private file mapping show the file again: seen here as well as at the last look, so that the lists stay short.
             scan.gone = self.reverted(vma, held)?;
@@ -208,6 +205,16 @@ impl Tracker for WpAsync {
 
     fn arm(&mut self) -> io::Result<()> {
         Ok(())
+    }
+
+    fn adopt(&mut self, mappings: &[(u64, u64)]) {
+        for &(start, end) in mappings {
+            // What cannot be registered stays untracked, and is sent at the freeze.
+            match self.uffd.register(start, end) {
+                Ok(()) => self.void.insert(start, end),
+                Err(e) => tracing::debug!(error = %e, "mapping {start:x}-{end:x} cannot be tracked"),
+            }
+        }
     }
 
     fn stops(&self) -> bool {

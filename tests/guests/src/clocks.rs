@@ -60,6 +60,9 @@ impl Functions {
     }
 }
 
+// SAFETY: used by the one thread it is given to.
+unsafe impl Send for RandomState {}
+
 /// User memory of the vdso's getrandom, made as the kernel says that it must be.
 struct RandomState {
     at: *mut u8,
@@ -122,11 +125,7 @@ fn ns(t: &libc::timespec) -> i64 {
     t.tv_sec * 1_000_000_000 + t.tv_nsec
 }
 
-fn spin(f: Functions, seen: &Seen) {
-    let state = match f.random.map(RandomState::new).transpose() {
-        Ok(s) => s,
-        Err(e) => return seen.wrong(format!("state of getrandom: {e}")),
-    };
+fn spin(f: Functions, state: Option<RandomState>, seen: &Seen) {
     seen.started.fetch_add(1, Ordering::SeqCst);
     let clock = |id: i32| {
         let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -176,12 +175,16 @@ pub fn clocks(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     let f = Functions::find()?;
     let seen = Arc::new(Seen::default());
     let count = options.number("threads", 2);
-    let mut threads: Vec<_> = (0..count)
-        .map(|_| {
-            let seen = Arc::clone(&seen);
-            thread::spawn(move || spin(f, &seen))
-        })
-        .collect();
+    let mut threads = Vec::new();
+    for _ in 0..count {
+        let state = f.random.map(RandomState::new).transpose()?;
+        if let Some(state) = &state {
+            // Droppable memory, which a kernel before 6.11 does not have: it becomes memory like any other there.
+            kit.ignore(format!("mapping {:016x}", state.at.addr()));
+        }
+        let seen = Arc::clone(&seen);
+        threads.push(thread::spawn(move || spin(f, state, &seen)));
+    }
     let tight = Arc::clone(&seen);
     threads.push(thread::spawn(move || {
         let mut all = crate::kit::empty_set();

@@ -116,6 +116,8 @@ impl Portrait {
         for line in text.lines() {
             if let Some((name, value)) = line.split_once(':')
                 && STATUS.contains(&name)
+                // A line that only newer kernels have, with nothing in it.
+                && !(name == "x86_Thread_features" && value.trim().is_empty())
             {
                 self.put(format!("{key} status {name}"), value.trim());
             }

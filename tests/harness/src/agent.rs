@@ -4,7 +4,7 @@ use crate::{
     host::{Ended, Host, Process, Stdio},
     hosts::Hosts,
     tools::migrate_binary,
-    wait::within,
+    wait::{eventually, within},
 };
 use serde_json::Value;
 use std::{
@@ -34,8 +34,8 @@ pub struct Run {
 impl Run {
     pub(crate) fn of(process: &Process<'_>, limit: Duration) -> Run {
         let ended = process.wait_for(limit);
-        // The last bytes may still be in the pipe.
-        std::thread::sleep(Duration::from_millis(20));
+        // The last bytes may still be in the pipe, for long on a machine with much to do. A tree that inherited it never closes it.
+        eventually(Duration::from_millis(500), || process.all_read());
         Run {
             code: match ended {
                 Ended::Code(code) => code,

@@ -497,8 +497,13 @@ impl<'a> Command<'a> {
         )
         .expect("the host takes commands");
         drop(fds);
+        let unread = Arc::new(AtomicU64::new(collect.len() as u64));
         for (from, into) in collect {
-            thread::spawn(move || drain(from, &into));
+            let unread = Arc::clone(&unread);
+            thread::spawn(move || {
+                drain(from, &into);
+                unread.fetch_sub(1, Ordering::SeqCst);
+            });
         }
         let mut heard = host.heard.lock().unwrap_or_else(|e| e.into_inner());
         heard.push((self.label.clone(), Arc::clone(&stdout)));
@@ -512,6 +517,7 @@ impl<'a> Command<'a> {
             mark,
             stdout,
             stderr,
+            unread,
             terminal,
             label: self.label,
         }
@@ -539,6 +545,8 @@ pub struct Process<'a> {
     mark: usize,
     stdout: Output,
     stderr: Output,
+    /// Streams whose end was not read yet.
+    unread: Arc<AtomicU64>,
     terminal: Option<File>,
     label: String,
 }
@@ -551,6 +559,10 @@ impl Process<'_> {
     /// Standard error so far.
     pub fn stderr(&self) -> String {
         String::from_utf8_lossy(&self.stderr.lock().unwrap_or_else(|e| e.into_inner())).into_owned()
+    }
+    /// After its end: whether all it said was read, to the end of every stream, which somebody else may keep open.
+    pub(crate) fn all_read(&self) -> bool {
+        self.unread.load(Ordering::SeqCst) == 0
     }
     /// How it ended, if it did.
     pub fn ended(&self) -> Option<Ended> {

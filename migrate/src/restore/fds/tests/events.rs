@@ -74,7 +74,7 @@ fn timerfds() {
     };
     timerfd_settime(&day, TimerfdTimerFlags::ABSTIME, &then).unwrap();
     let (t, o) = dumped(&[day.as_raw_fd()]);
-    let (objects, _) = o.into_parts();
+    let (objects, ..) = o.into_parts();
     let mut at = input(&t, &objects);
     // Ten minutes pass between the freeze and now.
     at.clocks.realtime_ns = now.as_nanos() as u64 - 600_000_000_000;

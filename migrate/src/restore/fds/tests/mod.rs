@@ -52,7 +52,7 @@ fn input<'a>(tables: &'a Tables, objects: &'a [Object]) -> Input<'a> {
 }
 
 fn built(tables: &Tables, objects: ObjectTable) -> Built {
-    let (objects, sources) = objects.into_parts();
+    let (objects, sources, _) = objects.into_parts();
     let fds = create_objects(&objects).unwrap();
     for ((o, from), to) in objects.iter().zip(sources).zip(&fds) {
         let mut content = vec![0; o.size as usize];
