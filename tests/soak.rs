@@ -27,7 +27,15 @@ fn soak(how: &[&str], options: &[(&str, &str)]) {
     let (mut host, mut pid, mut downtime, mut differences) = (&hosts.a, guest.pid, 0.0_f64, 0);
     for migration in 1..=migrations {
         let before = guest.pulse().operations;
-        let moved = hosts.move_with(host, pid, &Stdio::Null, how);
+        let mark = host.deaths();
+        let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| hosts.move_with(host, pid, &Stdio::Null, how)));
+        let moved = moved.unwrap_or_else(|failed| {
+            println!(
+                "migration {migration}, seed {seed}: the program ended with {:?}",
+                host.ended_since(mark, pid)
+            );
+            std::panic::resume_unwind(failed)
+        });
         downtime = downtime.max(moved.number("downtime_ms"));
         (host, pid) = (hosts.other(host), moved.pid);
         // Some operations between any two migrations, beside those that go on during one.

@@ -195,7 +195,7 @@ pub struct Object {
 }
 
 /// Kinds of memory object.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ObjectKind {
     /// mmap(MAP_SHARED | MAP_ANONYMOUS): the kernel's unnamed shmem.
     SharedAnonymous,

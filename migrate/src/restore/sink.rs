@@ -250,7 +250,9 @@ impl<'a> Together<'a> {
             for (space, &(start, len)) in self.spaces.iter().zip(&self.ranges) {
                 for at in (start..start + len).step_by(PAGE as usize) {
                     let page = pages.next().ok_or(io::ErrorKind::InvalidData)?;
-                    let written = mem.write(at, page).map_err(|e| io::Error::new(e.kind(), format!("page {at:#x}: {e}")));
+                    let written = mem
+                        .write(at, page)
+                        .map_err(|e| io::Error::new(e.kind(), format!("page {at:#x}: {e}")));
                     sink.excuse((*space, at, at + PAGE), written)?;
                 }
             }

@@ -12,7 +12,15 @@ use std::{
     os::{fd::AsFd, unix::fs::FileExt},
 };
 
-type Hash = [u8; 16];
+/// First bytes of a page's blake3; all zero: unknown, so that the page differs from whatever is there.
+pub type Hash = [u8; 16];
+
+/// The hash of a page.
+pub fn hash(page: &[u8]) -> Hash {
+    let mut out = [0; 16];
+    out.copy_from_slice(&blake3::hash(page).as_bytes()[..16]);
+    out
+}
 
 /// What was sent of each object, by its name in page runs.
 #[derive(Debug, Default)]
@@ -35,21 +43,22 @@ impl Contents {
         self.sent.remove(&name);
     }
 
-    /// Forgets that pages of an object were sent. They are taken for sent with content that no page has: a hole there is still told.
-    pub fn forget_pages(&mut self, name: u32, start: u64, end: u64) {
-        let Some(sent) = self.sent.get_mut(&name) else { return };
-        for at in (start..end).step_by(PAGE as usize) {
-            sent.insert(at, [0; 16]);
+    /// Takes all pages for sent with content that no page has.
+    pub fn resend_all(&mut self) {
+        self.sent.values_mut().flat_map(HashMap::values_mut).for_each(|h| *h = [0; 16]);
+    }
+
+    /// What was really sent of an object: (name, page, hash). Not what the look had found there: a page that was changed between the look and the read,
+    /// and back again before the next look, would seem to be what the destination has.
+    pub fn sent(&mut self, pages: &[(u32, u64, Hash)]) {
+        for (name, at, hash) in pages {
+            if let Some(sent) = self.sent.get_mut(name) {
+                sent.insert(*at, *hash);
+            }
         }
     }
 
-    /// Forgets all.
-    pub fn forget_all(&mut self) {
-        self.sent.clear();
-    }
-
-    /// Compares an object of `size` bytes with what was sent, and takes what is there now as sent: the caller sends it, and
-    /// calls [`Contents::forget`] when that failed. A page written between this look and the read of its content is found at the next one.
+    /// Compares an object of `size` bytes with what was sent. The caller sends what differs, and says so with [`Contents::sent`].
     pub fn changed(&mut self, name: u32, file: &File, size: u64) -> io::Result<Changed> {
         let sent = self.sent.entry(name).or_default();
         let mut out = Changed::default();
@@ -63,9 +72,8 @@ impl Contents {
                 read_full(file, at, &mut buf[..n])?;
                 for (k, page) in buf[..n].chunks(PAGE as usize).enumerate() {
                     let at = at + k as u64 * PAGE;
-                    let mut hash = [0; 16];
-                    hash.copy_from_slice(&blake3::hash(page).as_bytes()[..16]);
-                    if sent.insert(at, hash) != Some(hash) {
+                    if sent.get(&at) != Some(&hash(page)) {
+                        sent.insert(at, [0; 16]);
                         out.dirty.insert(at, at + PAGE);
                     }
                 }
@@ -106,6 +114,9 @@ mod tests {
         f.write_all(&[1u8; 5 * 4096]).unwrap();
         let mut c = Contents::default();
         assert_eq!(c.changed(7, &f, 5 * 4096).unwrap().dirty.pages(), 5);
+        assert_eq!(c.changed(7, &f, 5 * 4096).unwrap().dirty.pages(), 5, "not sent yet");
+        let all: Vec<_> = (0..5).map(|p| (7, p * 4096, hash(&[1; 4096]))).collect();
+        c.sent(&all);
         assert!(c.changed(7, &f, 5 * 4096).unwrap().dirty.is_empty());
         f.write_all_at(&[2], 2 * 4096 + 9).unwrap();
         assert_eq!(c.changed(7, &f, 5 * 4096).unwrap().dirty.ranges(), [(2 * 4096, 3 * 4096)]);

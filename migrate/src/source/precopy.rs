@@ -153,12 +153,12 @@ impl Job<'_> {
             r = transfer::round(link, number, p, self.terms(), self.events) => r,
             () = self.cancel.cancelled() => return Err(interrupted(self.pid)),
         };
-        let (mut round, applied, missed) =
+        let (mut round, applied, fate) =
             sent.map_err(|e: WireError| Failure::failed("pre-copy", self.pid, format!("{e}; the program runs on here")))?;
         round.stopped_ms = stopped.as_secs_f64() * 1000.0;
         let mut t = self.tracks(tracked)?;
-        t.sent();
-        t.missed(&missed);
+        t.sent(&fate.objects);
+        t.missed(&fate.missed);
         t.missed(&applied.missed);
         drop(t);
         (self.events)(Event::Round(round));

@@ -2,13 +2,17 @@
 //!
 //! For every address space there are two sets of pages. *held*: the destination may have some version of this page. *owed*: the page was seen
 //! dirty, is armed by now, and has not been delivered. Whatever the tracker finds dirty goes to owed; what a round has delivered
-//! moves from owed to held. Nothing else ever leaves owed but memory that is not there any more, so a page that was armed is never forgotten:
-//! not one that a round held back because it is hot, not one that could not be read.
+//! moves from owed to held. Beside that a page leaves the two sets only when its mapping is new or it has vanished, and then the destination is
+//! told to drop it. So a page that was armed is never forgotten: not one that a round held back because it is hot, not one that could not be read or
+//! written, not one whose mapping was missing from one list of mappings. Both sets may hold more than what is mapped; that costs nothing.
 //!
 //! At the freeze everything owed is sent, everything found dirty then, and what is held but has vanished is dropped. A process that could not be
 //! tracked is sent whole at the freeze.
 
-use super::{freeze::Last, objects::Contents};
+use super::{
+    freeze::Last,
+    objects::{Contents, Hash},
+};
 use crate::{
     dump::{
         self,
@@ -16,7 +20,7 @@ use crate::{
         pages::{OBJECT_SPACE, Reader, SpacePlan},
         tree::Dumped,
     },
-    image::{Host, PAGE, Tree},
+    image::{Host, ObjectKind, PAGE, Tree},
     inject::{InjectError, Injector},
     pages::PageSet,
     procfs::{maps, status},
@@ -64,9 +68,8 @@ impl Space {
 
     /// The destination loses what it had of a range; what the tree still has there has to be sent again.
     fn lose(&mut self, start: u64, end: u64) {
-        let lost = self.held.clip(start, end);
-        self.held.remove(start, end);
-        self.owed.extend(&lost);
+        // It stays in held too: the round that tells of the change may never be sent.
+        self.owed.extend(&self.held.clip(start, end));
     }
 
     /// Mappings to be tracked, of a stopped process: those seen untracked twice, by their present borders.
@@ -128,8 +131,8 @@ pub struct Rounds {
 pub struct Tracks {
     /// By pid and start time.
     spaces: HashMap<(i32, u64), Space>,
-    /// Names of objects, by device and inode.
-    objects: HashMap<(u64, u64), u32>,
+    /// Names of objects, by device, inode and kind: of a running tree both may be read of different mappings at one address.
+    objects: HashMap<(u64, u64, ObjectKind), u32>,
     /// What was sent of each object.
     contents: Contents,
     next_space: u32,
@@ -186,9 +189,10 @@ impl Rounds {
         (&mut self.cache, &mut self.tracks)
     }
 
-    /// The round that the last look prepared was sent.
-    pub fn sent(&mut self) {
+    /// The round that the last look prepared was sent, with these pages of objects.
+    pub fn sent(&mut self, objects: &[(u32, u64, Hash)]) {
         self.tracks.drops.clear();
+        self.tracks.contents.sent(objects);
     }
 
     /// The round that the last look prepared is not going to be sent.
@@ -209,7 +213,8 @@ impl Rounds {
     pub fn missed(&mut self, pages: &[(u32, u64, u64)]) {
         for (name, start, end) in pages {
             if *name >= OBJECT_SPACE {
-                self.tracks.contents.forget_pages(*name, *start, *end);
+                let unknown: Vec<_> = (*start..*end).step_by(PAGE as usize).map(|at| (*name, at, [0; 16])).collect();
+                self.tracks.contents.sent(&unknown);
                 continue;
             }
             if let Some(s) = self.tracks.spaces.values_mut().find(|s| s.name == *name) {
@@ -386,17 +391,16 @@ impl Rounds {
             s.tracker = Some(tracker);
             out.dirtied += dirty.bytes();
             s.owed.extend(&dirty);
-            // What is not mapped any more is owed to nobody, and lost at the other side too.
-            s.owed = s.owed.intersection(&private);
-            s.held = s.held.intersection(&private);
             let mut hot = PageSet::new();
             if s.recent.len() >= HOT - 1 {
                 hot = s.recent.iter().fold(dirty.clone(), |hot, r| hot.intersection(r));
             }
             s.recent.insert(0, dirty);
             s.recent.truncate(HOT - 1);
-            let send = s.owed.difference(&hot);
-            out.dirty += s.owed.bytes();
+            // A mapping may be missing from this list only because it changed while the list was made: what is owed of it stays owed.
+            let owed = s.owed.intersection(&private);
+            let send = owed.difference(&hot);
+            out.dirty += owed.bytes();
             out.hot += hot.bytes();
             if send.is_empty() {
                 continue;
@@ -488,9 +492,9 @@ impl Tracks {
             };
             names.spaces[p.mm as usize] = name;
         }
-        for key in &d.object_keys {
+        for ((dev, ino), o) in d.object_keys.iter().zip(&d.tree.objects) {
             let next = &mut self.next_object;
-            let name = *self.objects.entry(*key).or_insert_with(|| {
+            let name = *self.objects.entry((*dev, *ino, o.kind.clone())).or_insert_with(|| {
                 *next += 1;
                 *next - 1
             });
@@ -503,7 +507,8 @@ impl Tracks {
     fn forget(&mut self, d: &Dumped) {
         let live: HashSet<(i32, u64)> = d.pids.iter().copied().zip(d.started.iter().copied()).collect();
         self.spaces.retain(|k, _| live.contains(k));
-        let objects: HashSet<(u64, u64)> = d.object_keys.iter().copied().collect();
+        let keys = d.object_keys.iter().zip(&d.tree.objects);
+        let objects: HashSet<(u64, u64, ObjectKind)> = keys.map(|(k, o)| (k.0, k.1, o.kind.clone())).collect();
         let contents = &mut self.contents;
         self.objects.retain(|k, name| {
             let keep = objects.contains(k);
@@ -528,7 +533,7 @@ impl Tracks {
             }
         }
         if losses.all {
-            self.contents.forget_all();
+            self.contents.resend_all();
         }
     }
 

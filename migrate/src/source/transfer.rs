@@ -1,8 +1,14 @@
 //! Pages on their way: read by a thread of its own, framed, compressed where that pays, held to the bandwidth limit.
 
-use super::{freeze, freeze::Snapshot, rounds::Prepared};
+use super::{
+    freeze,
+    freeze::Snapshot,
+    objects::{self, Hash},
+    rounds::Prepared,
+};
 use crate::{
-    dump::pages::{self, Batch, Reader, SpacePlan},
+    dump::pages::{self, Batch, OBJECT_SPACE, Reader, SpacePlan},
+    image::PAGE,
     plan,
     report::{Event, Events, Round},
     wire::{self, Applied, Message, RoundStart, State, WireError},
@@ -22,8 +28,14 @@ pub struct Terms {
     pub rate: f64,
 }
 
-/// Pages a round wanted and could not read: (space, start, end).
-pub type Missed = Vec<(u32, u64, u64)>;
+/// What became of the pages of a round.
+#[derive(Debug, Default)]
+pub struct Fate {
+    /// Pages that could not be read: (space or object, start, end).
+    pub missed: Vec<(u32, u64, u64)>,
+    /// Pages of objects as they were sent: (object, page, hash).
+    pub objects: Vec<(u32, u64, Hash)>,
+}
 
 /// Bytes from which a round is worth a sample for compression.
 const WORTH_SAMPLING: u64 = 4 << 20;
@@ -37,7 +49,7 @@ pub async fn round<L: Link>(
     p: Prepared,
     terms: Terms,
     events: &Events,
-) -> Result<(Round, Applied, Missed), WireError> {
+) -> Result<(Round, Applied, Fate), WireError> {
     let start = Instant::now();
     let before = link.bytes_sent();
     let total: u64 = p.plans.iter().map(|(plan, _)| plan.bytes()).sum();
@@ -49,7 +61,7 @@ pub async fn round<L: Link>(
         bytes: total,
     };
     wire::send(link, &Message::Round(Box::new(begin))).await?;
-    let (mut round, missed) = send_pages(link, p.plans, total, number, false, terms, events).await?;
+    let (mut round, fate) = send_pages(link, p.plans, total, number, false, terms, events).await?;
     let applied = match wire::recv(link).await? {
         Message::Applied(a) if a.number == number => a,
         Message::Aborted(reason) => return Err(WireError::Protocol(format!("that it gave up: {reason}"))),
@@ -68,7 +80,7 @@ pub async fn round<L: Link>(
     }
     round.bytes = link.bytes_sent() - before;
     round.ms = start.elapsed().as_secs_f64() * 1000.0;
-    Ok((round, applied, missed))
+    Ok((round, applied, fate))
 }
 
 /// Sends the state and every page of the frozen tree that is not at the destination yet.
@@ -105,6 +117,22 @@ pub async fn last<L: Link>(
     Ok(round)
 }
 
+/// Hashes the pages of a batch, each run of which has a chunk of data of its own.
+fn note(batch: &Batch, out: &mut Vec<(u32, u64, Hash)>) {
+    let mut data = batch.data.iter();
+    let zero = objects::hash(&[0; PAGE as usize]);
+    for run in &batch.runs {
+        let mut chunk = (!run.zero)
+            .then(|| data.next())
+            .flatten()
+            .into_iter()
+            .flat_map(|d| d.chunks(PAGE as usize));
+        for k in 0..u64::from(run.pages) {
+            out.push((run.space, run.start + k * PAGE, chunk.next().map_or(zero, objects::hash)));
+        }
+    }
+}
+
 /// `strict`: the tree is frozen, and every page can be read.
 async fn send_pages<L: Link>(
     link: &mut L,
@@ -114,30 +142,36 @@ async fn send_pages<L: Link>(
     strict: bool,
     terms: Terms,
     events: &Events,
-) -> Result<(Round, Missed), WireError> {
+) -> Result<(Round, Fate), WireError> {
     let start = Instant::now();
     let before = link.bytes_sent();
     let mut round = Round::default();
     if total == 0 {
-        return Ok((round, Vec::new()));
+        return Ok((round, Fate::default()));
     }
     let mut stream = link.open_pages().await?;
     let (tx, mut rx) = tokio::sync::mpsc::channel::<io::Result<Batch>>(16);
     let worker = tokio::task::spawn_blocking(move || {
-        let mut missed = Vec::new();
+        let mut fate = Fate::default();
         for (plan, reader) in readers {
-            let mut sink = |b| tx.blocking_send(Ok(b)).is_ok();
+            let compared = !strict && plan.space >= OBJECT_SPACE;
+            let mut sink = |b: Batch| {
+                if compared {
+                    note(&b, &mut fate.objects);
+                }
+                tx.blocking_send(Ok(b)).is_ok()
+            };
             let r = if strict {
                 pages::read_plan(&plan, &reader, &mut sink)
             } else {
-                pages::read_running(&plan, &reader, &mut missed, &mut sink)
+                pages::read_running(&plan, &reader, &mut fate.missed, &mut sink)
             };
             if let Err(e) = r {
                 let _ = tx.blocking_send(Err(e));
                 break;
             }
         }
-        missed
+        fate
     });
     let mut sampled = total < WORTH_SAMPLING || terms.rate <= 0.0;
     let mut done = 0u64;
@@ -173,7 +207,7 @@ async fn send_pages<L: Link>(
             }
         }
     }
-    let missed = worker.await.unwrap_or_default();
+    let fate = worker.await.unwrap_or_default();
     stream.finish().await?;
-    Ok((round, missed))
+    Ok((round, fate))
 }

@@ -176,3 +176,14 @@ impl Guest {
         self.ask(Request::Quit);
     }
 }
+
+impl Drop for Guest {
+    /// What it said last belongs to the failure of its test.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let output = self.output();
+            let lines: Vec<&str> = output.lines().collect();
+            println!("--- guest {}\n{}", self.name, lines[lines.len().saturating_sub(40)..].join("\n"));
+        }
+    }
+}

@@ -82,6 +82,9 @@ fn unlinked(dir: &[u8]) -> io::Result<OwnedFd> {
 pub fn seal_objects(objects: &[Object], fds: &[OwnedFd]) -> Result<(), RestoreError> {
     for (i, (object, fd)) in objects.iter().zip(fds).enumerate() {
         if matches!(object.kind, ObjectKind::Memfd(_)) && object.seals != 0 {
+            if rustix::fs::fcntl_get_seals(fd).is_ok_and(|s| s.bits() == object.seals) {
+                continue;
+            }
             rustix::fs::fcntl_add_seals(fd, SealFlags::from_bits_retain(object.seals))
                 .tried(|| format!("fcntl F_ADD_SEALS {:x}", object.seals))
                 .map_err(|e| error(format!("object {i}"), e))?;
