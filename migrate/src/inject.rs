@@ -181,6 +181,12 @@ impl Injector {
         self.region.read_u64(self.slice(task) + OUT + offset)
     }
 
+    /// What record `k` of a task's last batch returned, though the batch as a whole failed; None: it was not run.
+    pub fn returned(&self, task: usize, k: usize) -> Option<i64> {
+        let ret = self.region.read_u64(self.slice(task) + k * RECORD + 56) as i64;
+        (ret != i64::MIN).then_some(ret)
+    }
+
     /// Runs one batch in each task at once. `batches[i]` belongs to task i and may be empty.
     pub fn run(&self, tasks: &[Task], batches: &[Vec<Record>]) -> Result<Vec<Results<'_>>, InjectError> {
         let io = |what| {

@@ -627,87 +627,81 @@ impl Space {
     }
 }
 
-/// Has a stopped process make a userfaultfd, and takes it.
+/// Has a stopped process make a userfaultfd, takes it, and has the process close it.
+///
+/// A signal may end a batch before or after its call was made, and has to be delivered before the next: it is kept what was done already. The stub is
+/// only left on the way out: a handler's frame must not lead into code that the next batch overwrites.
 fn userfault(f: &mut Frozen, pid: i32) -> io::Result<WpAsync> {
-    let mut tries = 0;
-    loop {
+    let mut made: Option<i32> = None;
+    let mut tracker = None;
+    let mut tables = Vec::new();
+    for _ in 0..100 {
         let i = f
             .procs
             .iter()
             .position(|p| p.pid == pid && !p.is_zombie() && p.tasks[0].tid == pid)
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has ended"))?;
-        match ask_userfault(f, i) {
-            Err(Ask::Inject(InjectError::Signal { tid, signal })) if tries < 100 => {
-                tries += 1;
-                f.deliver(tid, signal)?;
+        let signal = match step(&f.procs[i], &mut made, &mut tracker, &mut tables) {
+            Ok(inj) => {
+                inj.leave(&mut f.procs[i].tasks[0]).map_err(io::Error::other)?;
+                return tracker.ok_or_else(|| io::Error::other("userfaultfd(2) gave nothing"))?;
             }
-            Err(Ask::Inject(e)) => return Err(io::Error::other(e)),
-            Err(Ask::Io(e)) => return Err(e),
-            Ok(t) => return Ok(t),
-        }
+            Err(InjectError::Signal { tid, signal }) => (tid, signal),
+            Err(e) => return Err(io::Error::other(e)),
+        };
+        f.deliver(signal.0, signal.1)?;
     }
+    Err(io::Error::other("signals kept coming"))
 }
 
-enum Ask {
-    Inject(InjectError),
-    Io(io::Error),
-}
-
-impl From<InjectError> for Ask {
-    fn from(e: InjectError) -> Self {
-        Ask::Inject(e)
-    }
-}
-
-impl From<io::Error> for Ask {
-    fn from(e: io::Error) -> Self {
-        Ask::Io(e)
-    }
-}
-
-fn ask_userfault(f: &mut Frozen, i: usize) -> Result<WpAsync, Ask> {
+/// As much as can be done before a signal comes.
+fn step(
+    p: &crate::tracer::Proc,
+    made: &mut Option<i32>,
+    tracker: &mut Option<io::Result<WpAsync>>,
+    tables: &mut Vec<(u64, u64)>,
+) -> Result<Injector, InjectError> {
     use crate::arch::pilot::Record;
-    let p = &f.procs[i];
     let pid = p.pid;
+    let io = |what| move |source| InjectError::Io { pid, what, source };
     let inner = p
         .tasks
         .iter()
         .map(|t| status::read_task(pid, t.tid).map(|s| s.inner_pid()))
-        .collect::<io::Result<Vec<_>>>()?;
-    let inj = Injector::attach(p, &maps::maps(pid)?, &inner)?;
-    let run = |record: Record| -> Result<i64, InjectError> {
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(io("read /proc/PID/status"))?;
+    let now = maps::maps(pid).map_err(io("read /proc/PID/maps"))?;
+    let inj = Injector::attach(p, &now, &inner)?;
+    tables.push(inj.table());
+    let run = |record: Record| -> Result<(), InjectError> {
         let mut batches = vec![Vec::new(); p.tasks.len()];
         batches[0] = vec![record];
-        Ok(inj.run(&p.tasks, &batches)?[0].ret[0])
+        inj.run(&p.tasks, &batches).map(drop)
     };
-    let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
-    let made = run(Record::new(libc::SYS_userfaultfd, &[flags]));
-    let taken = match made {
-        Ok(fd) if fd >= 0 => {
-            let table = inj.table();
-            let taken = WpAsync::new(pid, fd as i32)
-                .and_then(|mut t| {
-                    let now = maps::maps(pid)?;
-                    let all = now
-                        .iter()
-                        .filter(|m| !m.shared && !m.name.starts_with(b"[v") && (m.start, m.end) != table);
-                    t.adopt(&all.map(|m| (m.start, m.end)).collect::<Vec<_>>());
-                    Ok(t)
-                })
-                .map_err(Ask::Io);
-            // A signal in between ends the batch, not the need for this.
-            let mut closed = run(Record::new(libc::SYS_close, &[fd as u64]));
-            for _ in 0..20 {
-                if closed.is_ok() {
-                    break;
-                }
-                closed = run(Record::new(libc::SYS_close, &[fd as u64]));
-            }
-            closed.map_err(Ask::Inject).and(taken)
-        }
-        Ok(e) => Err(Ask::Io(io::Error::from_raw_os_error(-e as i32))),
-        Err(e) => Err(Ask::Inject(e)),
-    };
-    inj.leave(&mut f.procs[i].tasks[0])?;
-    taken
+    if made.is_none() {
+        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
+        let ran = run(Record::new(libc::SYS_userfaultfd, &[flags]));
+        *made = inj.returned(0, 0).map(|r| r as i32);
+        ran?;
+    }
+    let Some(fd) = *made else { return Ok(inj) };
+    if fd < 0 {
+        tracker.get_or_insert_with(|| Err(io::Error::from_raw_os_error(-fd)));
+        return Ok(inj);
+    }
+    if tracker.is_none() {
+        let own = |m: &maps::Mapping| tables.contains(&(m.start, m.end));
+        *tracker = Some(WpAsync::new(pid, fd).map(|mut t| {
+            let all = now.iter().filter(|m| !m.shared && !m.name.starts_with(b"[v") && !own(m));
+            t.adopt(&all.map(|m| (m.start, m.end)).collect::<Vec<_>>());
+            t
+        }));
+    }
+    let ran = run(Record::new(libc::SYS_close, &[fd as u64]));
+    if inj.returned(0, 0).is_some() {
+        // Closed: whatever comes now, this is not done twice.
+        *made = Some(-libc::EBADF);
+    }
+    ran?;
+    Ok(inj)
 }
