@@ -278,7 +278,7 @@ pub fn losses(old: Named<'_>, new: Named<'_>) -> Losses {
     let same_object = |a: u32, b: u32| old.objects.get(a as usize) == new.objects.get(b as usize);
     for (p, from) in new.tree.processes.iter().zip(&shape.from).filter(|(p, _)| p.zombie.is_none()) {
         let space = new.spaces[p.mm as usize];
-        let all = |out: &mut Losses| out.ranges.push((space, 0, u64::MAX & !0xfff));
+        let all = |out: &mut Losses| out.ranges.push((space, 0, !0xfff));
         let Some(o) = from.map(|o| &old.tree.processes[o]) else {
             all(&mut out);
             continue;

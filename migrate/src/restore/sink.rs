@@ -265,7 +265,7 @@ impl<'a> Together<'a> {
 }
 
 fn zero_out(space: &Space, start: u64, end: u64) -> io::Result<()> {
-    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     let mut at = start;
     while at < end {
         let n = (end - at).min(ZEROS.len() as u64);

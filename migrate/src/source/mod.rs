@@ -1,6 +1,6 @@
 //! The source's side of a migration, one phase after the other.
 //!
-//! Until the handover message is sent, every way out thaws the tree: errors, a dead link, Ctrl-C (the guard is [`Held`]'s drop) and the agent's
+//! Until the handover message is sent, every way out thaws the tree: errors, a dead link, Ctrl-C (the guard is [`freeze::Held`]'s drop) and the agent's
 //! own death (ptrace lets go, the injected stub returns by itself). After it only the destination's answer counts; without one the tree
 //! stays stopped by SIGSTOP and the journal says so.
 

@@ -525,7 +525,7 @@ impl Tracks {
         let losses = shape::losses(old_names.of(old), names.of(tree));
         for s in self.spaces.values_mut() {
             if losses.all {
-                s.lose(0, u64::MAX & !(PAGE - 1));
+                s.lose(0, !(PAGE - 1));
             }
             let name = s.name;
             for (_, a, b) in losses.ranges.iter().filter(|r| r.0 == name) {
