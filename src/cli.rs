@@ -123,7 +123,7 @@ pub struct Send {
     /// First contact: the one-time ticket of `migrate receive`; the variable keeps it out of ps
     #[arg(long, env = "MIGRATE_TICKET", hide_env_values = true, value_parser = parse::ticket)]
     pub ticket: Option<String>,
-    /// How memory is moved; without this option pre-copy, until hybrid is built
+    /// How memory is moved; stop without this option, until hybrid is built
     #[arg(long, value_enum)]
     pub mode: Option<ModeArg>,
     /// How memory that was written between rounds is found

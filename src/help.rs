@@ -30,7 +30,7 @@ Exit codes:
 
 pub const MIGRATE: &str = "\
 Moves a running process tree from one Linux host to another while it keeps running. The program is frozen while its \
-memory is copied (pre-copy and on-demand pages are not built yet), and goes on at the destination where it stopped: same pids, \
+memory is copied, or with --mode pre-copy only for what it wrote last (on-demand pages are not built yet), and goes on at the destination where it stopped: same pids, \
 open files, pipes, timers, listening ports.
 
 On the host that is to take it:

@@ -13,8 +13,8 @@ pub async fn run(arguments: Send, context: &Context) -> anyhow::Result<u8> {
     pid::preflight(arguments.pid)?;
     let options = SendOptions {
         pid: arguments.pid,
-        // The contract's default is hybrid; until it is built, what works is better than a refusal.
-        mode: arguments.mode.map_or(Mode::PreCopy, Into::into),
+        // The contract's default is hybrid; until it is built, what has been tested longest is better than a refusal.
+        mode: arguments.mode.map_or(Mode::Stop, Into::into),
         tracker: arguments.tracker.into(),
         downtime_limit: arguments.downtime_limit,
         max_rounds: arguments.max_rounds,

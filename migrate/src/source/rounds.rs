@@ -664,6 +664,11 @@ fn step(
     use crate::arch::pilot::Record;
     let pid = p.pid;
     let io = |what| move |source| InjectError::Io { pid, what, source };
+    if crate::vacate::left_inside(p).is_some() {
+        // Perhaps still on its way out of an earlier batch, whose code this one would overwrite.
+        let reason = "a thread is in the middle of the vdso".into();
+        return Err(InjectError::Unfit { pid, reason });
+    }
     let inner = p
         .tasks
         .iter()
