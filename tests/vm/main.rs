@@ -142,7 +142,7 @@ fn between_kernels() {
 #[test]
 fn between_kernels_pre_copied() {
     let vms = two_machines!(OLD, NEW);
+    // The guest `clocks` goes with stop only: its threads never rest, which on one emulated cpu keeps the agents apart for longer than they wait.
     counter(&vms, "pre-copy");
     clock(&vms, "pre-copy");
-    clocks(&vms, "pre-copy");
 }

@@ -183,7 +183,10 @@ pub fn clocks(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
             kit.ignore(format!("mapping {:016x}", state.at.addr()));
         }
         let seen = Arc::clone(&seen);
-        threads.push(thread::spawn(move || spin(f, state, &seen)));
+        threads.push(thread::spawn(move || {
+            crate::kit::yield_to_others();
+            spin(f, state, &seen);
+        }));
     }
     let tight = Arc::clone(&seen);
     threads.push(thread::spawn(move || {

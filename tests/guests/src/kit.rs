@@ -122,6 +122,12 @@ pub fn now_ns() -> u64 {
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
 }
 
+/// Lets everything else go first: a thread that spins would keep the kernel's own threads (and with them the network) off a machine with few cores.
+pub fn yield_to_others() {
+    // SAFETY: no pointers; 0 is this thread.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
+}
+
 /// Sleeps; a signal handler that ran does not end the sleep.
 pub fn pause(d: Duration) {
     std::thread::sleep(d);

@@ -284,6 +284,7 @@ pub fn xstate(mut kit: Kit) -> io::Result<ExitCode> {
             });
             workers.push(Arc::clone(&worker));
             thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(move || {
+                crate::kit::yield_to_others();
                 loop {
                     let result = run(&worker.gate);
                     worker.gate.go.store(0, Ordering::SeqCst);
