@@ -214,14 +214,7 @@ impl Rebuild {
         let mut b = Batch::new();
         mm::empty_again(&mut b, self.pilots.range(), &self.park, &special);
         self.pilots.run(self.slots[i][0], &b)?;
-        let others = self.slots[i]
-            .iter()
-            .copied()
-            .zip(&p.threads)
-            .skip(1)
-            .map(|(s, t)| (s, t.tid))
-            .collect();
-        self.make_threads(i, others)
+        self.threads(i)
     }
 
     /// Mappings of a process that goes on.

@@ -758,7 +758,8 @@ impl Rebuild {
         fds::fill_epoll(&rest, built).map_err(|e| PilotError::agent("rebuild an epoll instance")(io::Error::other(e)))
     }
 
-    fn threads(&mut self, i: usize) -> Result<(), PilotError> {
+    /// Makes all threads of process `i` but its leader.
+    pub(super) fn threads(&mut self, i: usize) -> Result<(), PilotError> {
         let p = &self.tree.processes[i];
         let others = self.slots[i]
             .iter()

@@ -76,13 +76,7 @@ impl Space {
     fn adoptable(&mut self, pid: i32) -> io::Result<Vec<(u64, u64)>> {
         let old = PageSet::from_ranges(std::mem::take(&mut self.young));
         let now = maps::maps(pid)?;
-        let mut out = Vec::new();
-        for m in now.iter().filter(|m| !m.shared && !m.name.starts_with(b"[v")) {
-            if old.overlaps(m.start, m.end) {
-                out.push((m.start, m.end));
-            }
-        }
-        Ok(out)
+        Ok(trackable(&now).filter(|m| old.overlaps(m.0, m.1)).collect())
     }
 
     /// A range is new or gone: nothing that is known of it counts.
@@ -371,9 +365,9 @@ impl Rounds {
                 }
             }
             if gone {
-                // It has ended or runs another program: the next look will see.
-                s.held.clear();
-                s.owed.clear();
+                // It has ended or runs another program. The dead tracker stays, by which the next look, or the last, gives the address space
+                // another name.
+                s.tracker = Some(tracker);
                 continue;
             }
             tracker.arm()?;
@@ -627,6 +621,13 @@ impl Space {
     }
 }
 
+/// Mappings with pages of their own: private, and not the kernel's. An injector's table is shared.
+fn trackable(maps: &[maps::Mapping]) -> impl Iterator<Item = (u64, u64)> {
+    maps.iter()
+        .filter(|m| !m.shared && !m.name.starts_with(b"[v"))
+        .map(|m| (m.start, m.end))
+}
+
 /// Has a stopped process make a userfaultfd, takes it, and has the process close it.
 ///
 /// A signal may end a batch before or after its call was made, and has to be delivered before the next: it is kept what was done already. The stub is
@@ -634,14 +635,13 @@ impl Space {
 fn userfault(f: &mut Frozen, pid: i32) -> io::Result<WpAsync> {
     let mut made: Option<i32> = None;
     let mut tracker = None;
-    let mut tables = Vec::new();
     for _ in 0..100 {
         let i = f
             .procs
             .iter()
             .position(|p| p.pid == pid && !p.is_zombie() && p.tasks[0].tid == pid)
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has ended"))?;
-        let signal = match step(&f.procs[i], &mut made, &mut tracker, &mut tables) {
+        let signal = match step(&f.procs[i], &mut made, &mut tracker) {
             Ok(inj) => {
                 inj.leave(&mut f.procs[i].tasks[0]).map_err(io::Error::other)?;
                 return tracker.ok_or_else(|| io::Error::other("userfaultfd(2) gave nothing"))?;
@@ -655,12 +655,7 @@ fn userfault(f: &mut Frozen, pid: i32) -> io::Result<WpAsync> {
 }
 
 /// As much as can be done before a signal comes.
-fn step(
-    p: &crate::tracer::Proc,
-    made: &mut Option<i32>,
-    tracker: &mut Option<io::Result<WpAsync>>,
-    tables: &mut Vec<(u64, u64)>,
-) -> Result<Injector, InjectError> {
+fn step(p: &crate::tracer::Proc, made: &mut Option<i32>, tracker: &mut Option<io::Result<WpAsync>>) -> Result<Injector, InjectError> {
     use crate::arch::pilot::Record;
     let pid = p.pid;
     let io = |what| move |source| InjectError::Io { pid, what, source };
@@ -677,7 +672,6 @@ fn step(
         .map_err(io("read /proc/PID/status"))?;
     let now = maps::maps(pid).map_err(io("read /proc/PID/maps"))?;
     let inj = Injector::attach(p, &now, &inner)?;
-    tables.push(inj.table());
     let run = |record: Record| -> Result<(), InjectError> {
         let mut batches = vec![Vec::new(); p.tasks.len()];
         batches[0] = vec![record];
@@ -695,10 +689,8 @@ fn step(
         return Ok(inj);
     }
     if tracker.is_none() {
-        let own = |m: &maps::Mapping| tables.contains(&(m.start, m.end));
         *tracker = Some(WpAsync::new(pid, fd).map(|mut t| {
-            let all = now.iter().filter(|m| !m.shared && !m.name.starts_with(b"[v") && !own(m));
-            t.adopt(&all.map(|m| (m.start, m.end)).collect::<Vec<_>>());
+            t.adopt(&trackable(&now).collect::<Vec<_>>());
             t
         }));
     }
