@@ -165,6 +165,10 @@ fn killed_between(hosts: &Hosts, victim: Victim, name: &str, rounds: u32) {
             if killed { "killed" } else { "too late" },
             host.name()
         );
+        // The program's first thread beats before the receiver has let go of the last one.
+        if host.name() == "b" {
+            receiver.process.wait_for(Duration::from_secs(30));
+        }
         goes_on(&guest, &when);
         // It can still be moved from where it is.
         if receiver.process.ended().is_none() {
