@@ -21,7 +21,14 @@ fn soak(how: &[&str], options: &[(&str, &str)]) {
     println!("MIGRATE_SEED={seed}");
     let hosts = two_hosts!();
     let seed = seed.to_string();
-    let options: Vec<(&str, &str)> = [("seed", seed.as_str())].into_iter().chain(options.iter().copied()).collect();
+    // For looking into a failure: more options of the workload, as NAME=VALUE separated by commas.
+    let more = std::env::var("MIGRATE_SOAK_OPTIONS").unwrap_or_default();
+    let more = more.split(',').filter_map(|o| o.split_once('='));
+    let options: Vec<(&str, &str)> = [("seed", seed.as_str())]
+        .into_iter()
+        .chain(options.iter().copied())
+        .chain(more)
+        .collect();
     let guest = Guest::start(&hosts.a, "soak", &options);
     let since = Instant::now();
     let (mut host, mut pid, mut downtime, mut differences) = (&hosts.a, guest.pid, 0.0_f64, 0);

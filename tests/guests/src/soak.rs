@@ -178,7 +178,14 @@ fn watch(world: &mut World) {
 extern "C" fn faulted(signal: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel hands in a valid siginfo; the world lives as long as the process, which ends here.
     let (at, world) = unsafe { ((*info).si_addr() as usize, WATCHED.load(Ordering::SeqCst).as_ref()) };
-    let said = world.map(|w| format!("at operation {}\n{}", w.model.op, w.model.explain(at)));
+    let said = world.map(|w| {
+        format!(
+            "at operation {}\n{}{}",
+            w.model.op,
+            w.model.explain(at),
+            model::mapped_around(at, 1)
+        )
+    });
     eprintln!("differs: signal {signal} at {at:x} {}", said.unwrap_or_default());
     sys0!(_exit(9));
 }

@@ -306,7 +306,8 @@ impl Model {
                 if prot == NONE
                     && let Err(e) = protect(at, run, READ)
                 {
-                    self.differs(format!("mprotect of {run} pages at {at:x}: {e}\n{}", self.explain(at)));
+                    let around = mapped_around(at, run * PAGE);
+                    self.differs(format!("mprotect of {run} pages at {at:x}: {e}\n{}{around}", self.explain(at)));
                     page += run;
                     continue;
                 }
@@ -368,6 +369,20 @@ impl Model {
         }
         wrong.into_iter().for_each(|w| self.differs(w));
     }
+}
+
+/// What the kernel has mapped there and in the neighbourhood.
+pub fn mapped_around(at: usize, bytes: usize) -> String {
+    const NEAR: usize = 16 * PAGE;
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let near = |line: &&str| {
+        let range = line.split_whitespace().next().and_then(|r| r.split_once('-'));
+        range.is_some_and(|(a, b)| {
+            let number = |text| usize::from_str_radix(text, 16).unwrap_or(0);
+            number(a) < at + bytes + NEAR && number(b) + NEAR > at
+        })
+    };
+    maps.lines().filter(near).map(|line| format!("    mapped: {line}\n")).collect()
 }
 
 /// mprotect(2) of whole pages.

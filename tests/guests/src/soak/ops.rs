@@ -336,8 +336,17 @@ impl World {
         let Some(to) = self.tried(got) else { return };
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | if leave { MREMAP_DONTUNMAP } else { 0 };
         let got = sys!(mremap(pointer(from), bytes, bytes, flags, to));
+        if let Err(e) = &got {
+            let what = match e.raw_os_error() {
+                Some(libc::EFAULT) => "move failed with EFAULT",
+                Some(libc::ENOMEM) => "move failed with ENOMEM",
+                Some(libc::EINVAL) => "move failed with EINVAL",
+                _ => "move failed",
+            };
+            self.model.note(what, from, bytes);
+        }
         if self.tried(got).is_none() {
-            sys0!(munmap(to, bytes));
+            self.undo_move(from, to as usize, n);
             return;
         }
         let prot = self.model.regions[r].prot[0];
@@ -347,6 +356,24 @@ impl World {
         if leave {
             self.add(from, n, prot, None, false);
         }
+    }
+
+    /// Since Linux 6.17 one mremap(2) moves several mappings, one after the other, and stops in the middle at one that has to stay (one with a
+    /// userfaultfd, for example): EFAULT, and those before it are moved. They are moved back.
+    fn undo_move(&mut self, from: usize, to: usize, n: usize) {
+        let mut seen = 0_u8;
+        let gone = (0..n)
+            .take_while(|p| sys!(mincore(pointer(from + p * PAGE), PAGE, &mut seen)).is_err())
+            .count();
+        if gone > 0 {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let back = sys!(mremap(pointer(to), gone * PAGE, gone * PAGE, flags, pointer(from)));
+            self.model.note("moved back", from, gone * PAGE);
+            if let Err(e) = back {
+                self.model.differs(format!("{gone} pages cannot be moved back to {from:x}: {e}"));
+            }
+        }
+        sys0!(munmap(pointer(to + gone * PAGE), (n - gone) * PAGE));
     }
 
     /// mprotect(2) to nothing, read-only, or both; twice as often to both.
