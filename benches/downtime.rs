@@ -1,7 +1,7 @@
 //! The figures of the README, as a table: freeze as a program sees it, throughput against a plain QUIC connection, memory of the agents,
 //! scale.
 //!
-//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `precopy`, `growth`, `cost`, `redis`, `throughput`, `memory`, `scale`; all
+//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `precopy`, `predict`, `growth`, `cost`, `redis`, `throughput`, `memory`, `scale`; all
 //! of them without any. Rows are
 //! printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle
 //! counts.
@@ -29,6 +29,9 @@ fn main() {
     }
     if wanted("precopy") {
         precopy();
+    }
+    if wanted("predict") {
+        predict();
     }
     if wanted("growth") {
         growth();
@@ -198,6 +201,38 @@ fn workload(mib: &str, rate: &str, runs: usize) -> f64 {
 fn precopy() {
     for (mib, rate) in [("16", "50"), ("1024", "50"), ("4096", "50"), ("1024", "200")] {
         workload(mib, rate, runs());
+    }
+}
+
+/// What `--dry-run` says against what the migration right after it shows: predicted by measured.
+fn predict() {
+    for (mib, rate) in [("16", "50"), ("256", "20"), ("1024", "50"), ("1024", "200")] {
+        let (mut freeze, mut total, mut rounds) = (vec![], vec![], vec![]);
+        for _ in 0..runs() {
+            let hosts = hosts();
+            let guest = Guest::start(&hosts.a, "ballast", &[("mib", mib), ("rate", rate), ("rest-us", "50")]);
+            thread::sleep(Duration::from_millis(500));
+            let receiver = hosts.b.receive(&Stdio::Null);
+            let said = hosts.a.send(guest.pid, &receiver, &["--mode", "pre-copy", "--dry-run"]);
+            if said.code != 0 {
+                eprintln!("dry run: {}", said.all());
+                continue;
+            }
+            let said = said.json();
+            receiver.process.signal(nix::sys::signal::Signal::SIGKILL);
+            receiver.process.wait_for(Duration::from_secs(5));
+            let shown = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "pre-copy"]).report;
+            let ratio = |path: &str| number(&said, path) / number(&shown, path);
+            freeze.push(ratio("/downtime_ms"));
+            total.push(ratio("/total_ms"));
+            let count = |r: &serde_json::Value| r["rounds"].as_array().map_or(0.0, |r| r.len() as f64);
+            rounds.push(count(&said) - count(&shown));
+        }
+        let name = format!("{mib} MiB, {rate} MB/s: predicted by measured");
+        let two = |v: Vec<f64>| v.into_iter().map(|x| x * 100.0).collect();
+        row(&format!("{name}, freeze"), "%", two(freeze));
+        row(&format!("{name}, total time"), "%", two(total));
+        row(&format!("{name}, rounds, difference"), "", rounds);
     }
 }
 

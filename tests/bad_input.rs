@@ -1,7 +1,10 @@
 //! Bad input: a clear error, the exit code of the contract, and the program still running.
 
 use migrate_harness::{Guest, Stdio, two_hosts, within};
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 #[test]
 fn a_pid_that_is_gone() {
@@ -265,4 +268,37 @@ fn a_dry_run_moves_nothing() {
     assert!(guest.beats());
     assert!(hosts.b.running("migrate-guest").is_empty());
     guest.verify("after a dry run");
+}
+
+/// What is predicted of pre-copy is made of a sample of the program's writes.
+#[test]
+fn a_dry_run_of_pre_copy_predicts_its_rounds() {
+    let hosts = two_hosts!();
+    let predicted = |rate: &str| {
+        let guest = Guest::start(&hosts.a, "ballast", &[("mib", "64"), ("rate", rate), ("rest-us", "50")]);
+        let receiver = hosts.b.receive(&Stdio::Null);
+        let sent = hosts.a.send(guest.pid, &receiver, &["--mode", "pre-copy", "--dry-run"]);
+        sent.expect_code(0);
+        guest.verify("after a dry run");
+        let maps = fs::read_to_string(format!("/proc/{}/smaps", hosts.a.outer(guest.pid).unwrap())).unwrap();
+        assert!(!maps.contains(" uw"), "its memory is still watched");
+        receiver.process.signal(nix::sys::signal::Signal::SIGKILL);
+        receiver.process.wait_for(Duration::from_secs(5));
+        hosts.a.signal(guest.pid, nix::sys::signal::Signal::SIGKILL);
+        sent.json()
+    };
+    let bytes = |report: &serde_json::Value, round: usize| report["rounds"][round]["bytes"].as_f64().unwrap_or(0.0);
+    let (idle, busy) = (predicted("0"), predicted("40"));
+    for report in [&idle, &busy] {
+        assert_eq!(report["outcome"], "predicted");
+        let rounds = report["rounds"].as_array().map_or(0, Vec::len);
+        assert!(rounds >= 2, "a round, and what the freeze sends: {report}");
+        let all = (50e6..120e6).contains(&bytes(report, 0));
+        assert!(all, "the first round sends everything: {report}");
+        assert!(report["total_ms"].as_f64() > report["downtime_ms"].as_f64(), "{report}");
+    }
+    assert!(
+        bytes(&busy, 1) > 4.0 * bytes(&idle, 1),
+        "what is written meanwhile: {idle} and {busy}"
+    );
 }

@@ -668,6 +668,7 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
         .call_blocking(move || {
             let mut copy = copy;
             copy.complete(&stdio, &guards).map_err(|e| e.to_string())?;
+            copy.finish().map_err(|e| e.to_string())?;
             if !copy.release() {
                 return Err("the copy ended before it was released".to_owned());
             }

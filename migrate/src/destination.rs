@@ -7,6 +7,7 @@ use crate::{
     dump,
     image::Tree,
     journal::{self, Entry, Journal, Side, Stage},
+    laps::Laps,
     oracle, preflight,
     report::{Downtime, Event, Events, Failure, Report, Round, Stdio},
     restore::{
@@ -39,6 +40,9 @@ pub enum Served {
     /// A preflight, or a question about an older migration: nothing was started.
     Answered,
 }
+
+/// Pages that arrive while the rest is built, at most: more would take so long that timers of the copy went off before it runs.
+const MEANWHILE: u64 = 16 << 20;
 
 /// Serves one authenticated connection to its end.
 pub async fn serve<L: Link>(
@@ -247,6 +251,7 @@ impl Site<'_> {
         if tree.processes.is_empty() || !names.fit(&tree) {
             return Err("the source sent a tree that is none: it is empty, or its names do not fit".into());
         }
+        let mut laps = Laps::start();
         if let Some(mut c) = self.copy.take() {
             let (t, n) = (tree.clone(), names.clone());
             let (followed, c) = self
@@ -255,7 +260,13 @@ impl Site<'_> {
                 .await
                 .map_err(|e| e.to_string())?;
             match followed {
-                Ok(()) => return self.settle(c).await,
+                Ok(()) => {
+                    laps.lap("follow");
+                    let r = self.settle(c).await;
+                    laps.lap("settle");
+                    laps.log("shape");
+                    return r;
+                }
                 Err(FollowError::Anew(why)) => {
                     tracing::debug!(why, "the skeleton is built anew");
                     let Copy { rebuild, journal, .. } = c;
@@ -399,16 +410,36 @@ async fn last<L: Link>(
         bytes,
         verify,
     } = state;
+    let mut laps = Laps::start();
     let sink = site.shape(tree, names, drops).await?;
-    let (round, _) = pages(link, sink, rounds.len() as u32 + 1, bytes, events).await?;
+    laps.lap("shape");
+    let number = rounds.len() as u32 + 1;
+    let complete = move |c: &mut Rebuild| c.complete(&stdio, &guards).map_err(|e| e.to_string());
+    let round = if bytes <= MEANWHILE {
+        let (arrived, built) = tokio::join!(pages(link, sink, number, bytes, events), site.with(complete));
+        built??;
+        arrived?.0
+    } else {
+        let (round, _) = pages(link, sink, number, bytes, events).await?;
+        site.with(complete).await??;
+        round
+    };
     rounds.push(round);
     let own_hashes = if verify {
-        let hashes = site.with(|c| oracle::hashes(c.tree(), c.pids(), c.objects())).await?;
-        Some(hashes.map_err(|e| format!("cannot hash the copy's pages: {e}"))?)
+        let found = site
+            .with(|c| Ok::<_, io::Error>((oracle::hashes(c.tree(), c.pids(), c.objects())?, c.check_mappings()?)))
+            .await?;
+        let (hashes, wrong) = found.map_err(|e| format!("cannot hash the copy's pages: {e}"))?;
+        if !wrong.is_empty() {
+            return Err(format!("the copy's mappings differ from the original's: {}", wrong.join("; ")));
+        }
+        Some(hashes)
     } else {
         None
     };
-    site.with(move |c| c.complete(&stdio, &guards).map_err(|e| e.to_string())).await??;
+    laps.lap("pages and state");
+    site.with(|c| c.finish().map_err(|e| e.to_string())).await??;
+    laps.lap("finish");
     let h = match tokio::time::timeout(PATIENCE, wire::recv(link)).await {
         Ok(Ok(Message::Handover(h))) => h,
         Ok(Ok(other)) => return Err(format!("the source sent {} instead of the handover", other.name())),
@@ -427,6 +458,8 @@ async fn last<L: Link>(
             return Err(format!("the copy's memory differs from the original's: {}", d.join("; ")));
         }
     }
+    laps.lap("handover");
+    laps.log("restore");
     Ok(arrived)
 }
 

@@ -40,6 +40,7 @@ pub mod dump;
 pub mod image;
 pub mod inject;
 pub mod journal;
+pub mod laps;
 pub mod oracle;
 pub mod pages;
 pub mod plan;

@@ -2,10 +2,17 @@
 //!
 //! `send --verify` takes them while the tree is frozen; the destination takes its own before the release and refuses the handover when one
 //! differs. In anonymous memory a page of zeros and an absent page are the same to the program and to the oracle; over a file they are not.
+//!
+//! Beside the pages the destination holds what the kernel has mapped in the copy against the tree it was sent: memory without pages, such as a
+//! reserve without rights, has no hashes.
 
 use crate::{
-    dump::pages::{self, OBJECT_SPACE, Reader},
-    image::{PAGE, Tree},
+    dump::{
+        self,
+        pages::{self, OBJECT_SPACE, Reader},
+    },
+    image::{Backing, PAGE, Tree, Vma, VmaFlags},
+    procfs::maps::Mapping,
     sys::mem::Mem,
 };
 use std::{fs::File, io, os::fd::OwnedFd};
@@ -92,9 +99,98 @@ pub fn differences(expected: &[(u32, u64, u64)], got: &[(u32, u64, u64)]) -> Vec
     out
 }
 
+/// A range with what a program can tell of it: rights, sharing, where in a file or object it begins (its start taken off), properties, key.
+type Range = (u64, u64, (u8, bool, Option<u64>, VmaFlags, u8));
+
+/// Neighbours that do not differ are one: the kernel merges and splits as it likes.
+fn joined(ranges: impl Iterator<Item = Range>) -> Vec<Range> {
+    let mut out: Vec<Range> = Vec::new();
+    for r in ranges {
+        match out.last_mut() {
+            Some(l) if l.1 == r.0 && l.2 == r.2 => l.1 = r.1,
+            _ => out.push(r),
+        }
+    }
+    out
+}
+
+/// What a kernel may refuse or a sysctl overrule is not compared.
+fn comparable(mut f: VmaFlags) -> VmaFlags {
+    (f.stack, f.no_reserve) = (false, false);
+    if f.droppable {
+        (f.droppable, f.wipe_on_fork, f.dont_dump) = (false, false, false);
+    }
+    f
+}
+
+/// Where what is mapped (`now`, from smaps) is not what an address space should have, in words; the kernel's own mappings are left out, and
+/// what overlaps `ours`.
+pub fn mappings(vmas: &[Vma], now: &[Mapping], ours: &[(u64, u64)]) -> Vec<String> {
+    let foreign = |a: u64, b: u64| ours.iter().any(|o| a < o.1 && o.0 < b);
+    let expected = vmas
+        .iter()
+        .filter(|v| !matches!(v.backing, Backing::Special(_)) && !foreign(v.start, v.end));
+    let expected = joined(expected.map(|v| {
+        let offset = match &v.backing {
+            Backing::File { offset, .. } | Backing::Object { offset, .. } => Some(offset.wrapping_sub(v.start)),
+            _ => None,
+        };
+        (v.start, v.end, (v.prot, v.shared, offset, comparable(v.flags), v.pkey))
+    }));
+    let now = now.iter().filter(|m| !m.name.starts_with(b"[v") && !foreign(m.start, m.end));
+    let got = joined(now.map(|m| {
+        let backed = m.ino != 0 || m.name.starts_with(b"/");
+        let offset = backed.then(|| m.offset.wrapping_sub(m.start));
+        (m.start, m.end, (m.prot, m.shared, offset, comparable(dump::mm::flags(m)), m.pkey))
+    }));
+    let text = |r: &Range| format!("{:x}-{:x} {:?}", r.0, r.1, r.2);
+    let missing = expected
+        .iter()
+        .filter(|r| !got.contains(r))
+        .map(|r| format!("not mapped: {}", text(r)));
+    let extra = got.iter().filter(|r| !expected.contains(r)).map(|r| format!("mapped: {}", text(r)));
+    missing.chain(extra).take(8).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mappings_that_are_not_as_they_should_be_show() {
+        let vma = |start, end, prot| Vma {
+            start,
+            end,
+            prot,
+            shared: false,
+            backing: Backing::Anonymous,
+            flags: VmaFlags::default(),
+            pkey: 0,
+            name: None,
+        };
+        let now = |start, end, prot| Mapping {
+            start,
+            end,
+            prot,
+            ..Default::default()
+        };
+        let vmas = [vma(0x1000, 0x3000, 3), vma(0x3000, 0x4000, 3), vma(0x8000, 0x9000, 0)];
+        let right = [now(0x1000, 0x2000, 3), now(0x2000, 0x4000, 3), now(0x8000, 0x9000, 0)];
+        assert_eq!(mappings(&vmas, &right, &[]), Vec::<String>::new());
+        assert_eq!(mappings(&vmas, &right[..2], &[]).len(), 1, "a reserve is missing");
+        assert_eq!(mappings(&vmas, &right[..2], &[(0x8000, 0x9000)]).len(), 0, "ours is not looked at");
+        let mut wrong = right.to_vec();
+        wrong[2].prot = 1;
+        assert_eq!(mappings(&vmas, &wrong, &[]).len(), 2, "one too few and one too many");
+        let mut more = right.to_vec();
+        more.push(now(0xa000, 0xb000, 1));
+        assert_eq!(mappings(&vmas, &more, &[]).len(), 1);
+        more[3].name = b"[vdso]".to_vec();
+        assert_eq!(mappings(&vmas, &more, &[]).len(), 0, "the kernel's own");
+        let mut advised = right.to_vec();
+        advised[0].vm_flags = vec![*b"dc"];
+        assert_eq!(mappings(&vmas, &advised, &[]).len(), 3, "one that should not be inherited");
+    }
 
     #[test]
     fn every_kind_of_difference_shows() {

@@ -20,7 +20,10 @@ use std::{
     collections::BTreeMap,
     io,
     marker::PhantomData,
-    sync::Mutex,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -96,8 +99,25 @@ pub struct Frozen {
     /// When the first task was asked to stop.
     pub since: Instant,
     /// SIGSTOP was sent, so that the tree outlives the agent's death stopped.
-    held: bool,
+    held: Arc<AtomicBool>,
     _thread: PhantomData<*const ()>,
+}
+
+/// Keeps a frozen tree stopped beyond the death of this agent.
+#[derive(Debug, Clone)]
+pub struct Holder {
+    pids: Vec<i32>,
+    held: Arc<AtomicBool>,
+}
+
+impl Holder {
+    /// Sends SIGSTOP to every process. Undone by [`Frozen::thaw`].
+    pub fn hold(&self) {
+        self.held.store(true, Ordering::SeqCst);
+        for pid in &self.pids {
+            let _ = misc::kill(*pid, libc::SIGSTOP);
+        }
+    }
 }
 
 /// The processes below and with a root: (pid, index of the parent, the parent's thread).
@@ -133,7 +153,7 @@ impl Frozen {
         let mut f = Frozen {
             procs: Vec::new(),
             since: Instant::now(),
-            held: false,
+            held: Arc::default(),
             _thread: PhantomData,
         };
         let mut patience = None;
@@ -297,22 +317,21 @@ impl Frozen {
         self.procs = out;
     }
 
-    /// Sends SIGSTOP to every process: it stays stopped when this agent dies. Undone by [`Frozen::thaw`].
-    pub fn hold(&mut self) {
-        for p in self.procs.iter().filter(|p| !p.is_zombie()) {
-            let _ = misc::kill(p.pid, libc::SIGSTOP);
+    /// What holds the tree, from any thread.
+    pub fn holder(&self) -> Holder {
+        Holder {
+            pids: self.procs.iter().filter(|p| !p.is_zombie()).map(|p| p.pid).collect(),
+            held: Arc::clone(&self.held),
         }
-        self.held = true;
     }
 
     /// Lets every task go on where it was.
     pub fn thaw(&mut self) {
         // A pending SIGSTOP is discarded by SIGCONT before the tasks are let go, so that they never stop.
-        if self.held {
+        if self.held.swap(false, Ordering::SeqCst) {
             for p in self.procs.iter().filter(|p| !p.is_zombie()) {
                 let _ = misc::kill(p.pid, libc::SIGCONT);
             }
-            self.held = false;
         }
         for p in &mut self.procs {
             // Threads first: the leader of an injected process unmaps the shared table on its way.
@@ -351,14 +370,14 @@ impl Frozen {
         Frozen {
             procs: Vec::new(),
             since: Instant::now(),
-            held: false,
+            held: Arc::default(),
             _thread: PhantomData,
         }
     }
 
     /// Ends the tracing without thawing: a held tree stays stopped by SIGSTOP.
     pub fn let_go_stopped(mut self) {
-        self.held = false;
+        self.held.store(false, Ordering::SeqCst);
         self.thaw();
     }
 

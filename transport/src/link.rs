@@ -174,6 +174,9 @@ pub trait PageSender: Send + 'static {
     /// Ends the stream and waits until the peer's host has acknowledged everything.
     fn finish(self) -> impl Future<Output = Result<(), LinkError>> + Send;
 
+    /// Ends the stream without waiting: for when the peer answers on the control stream anyway, and a round trip counts.
+    fn end(self) -> impl Future<Output = Result<(), LinkError>> + Send;
+
     /// How the frames from now on travel.
     fn set_encoding(&mut self, encoding: Encoding);
 

@@ -350,6 +350,11 @@ impl PageSender for MemoryPageSender {
         self.out.finish().await
     }
 
+    async fn end(mut self) -> Result<(), LinkError> {
+        self.announce()?;
+        self.out.end().map(drop)
+    }
+
     fn set_encoding(&mut self, encoding: Encoding) {
         self.encoder.set_encoding(encoding);
     }

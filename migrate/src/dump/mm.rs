@@ -25,8 +25,12 @@ use std::{
 /// The mapping of the pilots, behind the page with the decision word.
 const PILOT: &[u8] = b"/memfd:migrate-pilot";
 
-/// How old the properties of mappings may be when something else about them has changed.
+/// How old the properties of mappings may become while the tree runs, and how many times as long as it takes to read them.
 const REFRESH: Duration = Duration::from_millis(250);
+const REFRESH_SHARE: u32 = 20;
+
+/// Device, inode and name of what is behind a mapping.
+type FileKey = ((u32, u32), u64, Vec<u8>);
 
 /// What one look at a tree saves the next: files already identified, and the properties of mappings, which only smaps tells and which cost a
 /// walk over every page there (15 to 30 ms a GiB).
@@ -35,23 +39,30 @@ pub struct Cache {
     /// By device, inode, size, modification time and whether the build-id is wanted.
     files: HashMap<(u64, u64, i64, i64, bool), FileId>,
     /// smaps of each process, as read last.
-    maps: HashMap<i32, (Instant, Vec<Mapping>)>,
+    maps: HashMap<i32, Properties>,
+    /// The tree is stopped just now: what is known has to do.
+    pub stopped: bool,
+    /// Files behind mappings, by device, inode and name, as seen in this look: a library is mapped in five pieces.
+    seen: HashMap<FileKey, (rustix::fs::Stat, Vec<u8>)>,
     /// Ranges were registered with a userfaultfd of this agent: that the mappings say so is no obstacle.
     pub tracked: bool,
 }
 
-impl Cache {
-    /// The mappings of a process with their properties. smaps is read when maps shows a mapping that was not there before, when something is locked,
-    /// and, while the process runs, when anything differs and the last time was a while ago. Otherwise a mapping that grew, shrank or was
-    /// split keeps its properties. What madvise(2) changes on a whole mapping is seen at the next smaps.
-    pub fn mappings(&mut self, pid: i32, locked: bool, frozen: bool) -> io::Result<Vec<Mapping>> {
-        let Some((since, old)) = self.maps.get(&pid).filter(|_| !locked) else {
-            return self.refresh(pid);
-        };
-        let mut now = maps::maps(pid)?;
+/// smaps of a process.
+#[derive(Debug)]
+struct Properties {
+    /// When it was read, and how long that took.
+    read: Instant,
+    took: Duration,
+    list: Vec<Mapping>,
+}
+
+impl Properties {
+    /// Gives mappings their properties. False: one of them is new.
+    fn apply(&self, pid: i32, now: &mut [Mapping]) -> bool {
+        let old = &self.list;
         let mut k = 0;
-        let mut differs = now.len() != old.len();
-        for m in &mut now {
+        for m in now {
             while old.get(k).is_some_and(|o| o.end <= m.start) {
                 k += 1;
             }
@@ -64,24 +75,70 @@ impl Cache {
                 Some(o) => {
                     m.vm_flags.clone_from(&o.vm_flags);
                     m.pkey = o.pkey;
-                    differs |= (o.start, o.end, o.prot) != (m.start, m.end, m.prot);
                 }
                 // Nothing of the program's: the injector's table.
                 None if is_leaked_table(pid, m) => {}
-                None => return self.refresh(pid),
+                None => return false,
             }
         }
-        if differs && !frozen && since.elapsed() > REFRESH {
-            return self.refresh(pid);
+        true
+    }
+
+    fn old(&self) -> bool {
+        self.read.elapsed() > REFRESH.max(self.took * REFRESH_SHARE)
+    }
+}
+
+impl Cache {
+    /// Another look begins: what was seen of files in the last one does not count.
+    pub fn begin(&mut self) {
+        self.seen.clear();
+    }
+
+    /// Gives the mappings of a process (`now`, from maps) their properties. smaps is read when there is a mapping that was not there before, when
+    /// something is locked, and, while the process runs, when the last time was a while ago. Otherwise a mapping that grew, shrank or was split keeps
+    /// its properties. What madvise(2) changes on a whole mapping is seen at the next smaps.
+    pub fn mappings(&mut self, pid: i32, mut now: Vec<Mapping>, locked: bool, frozen: bool) -> io::Result<Vec<Mapping>> {
+        let frozen = frozen || self.stopped;
+        let known = self.maps.get(&pid).filter(|k| !locked && (frozen || !k.old()));
+        if let Some(known) = known
+            && known.apply(pid, &mut now)
+        {
+            return Ok(now);
         }
-        Ok(now)
+        let list = self.refresh(pid)?;
+        if !frozen {
+            return Ok(list);
+        }
+        // Nothing but a table of the injector's has come since.
+        if self.maps.get(&pid).is_some_and(|k| k.apply(pid, &mut now)) {
+            return Ok(now);
+        }
+        Err(io::Error::other(format!(
+            "the mappings of process {pid} changed while it was stopped"
+        )))
     }
 
     /// Reads smaps.
     pub fn refresh(&mut self, pid: i32) -> io::Result<Vec<Mapping>> {
-        let now = maps::smaps(pid)?;
-        self.maps.insert(pid, (Instant::now(), now.clone()));
-        Ok(now)
+        let began = Instant::now();
+        let list = maps::smaps(pid)?;
+        let known = Properties {
+            read: Instant::now(),
+            took: began.elapsed(),
+            list: list.clone(),
+        };
+        self.maps.insert(pid, known);
+        Ok(list)
+    }
+
+    /// Reads smaps of every process whose mappings were read a while ago: before a stop in which there is no time for it.
+    pub fn freshen(&mut self) {
+        let old: Vec<i32> = self.maps.iter().filter(|(_, k)| k.old()).map(|(pid, _)| *pid).collect();
+        for pid in old {
+            // It may have ended.
+            let _ = self.refresh(pid);
+        }
     }
 
     /// Forgets processes that are not among these.
@@ -90,14 +147,13 @@ impl Cache {
     }
 }
 
-/// Classifies the mappings of a process. `skip` is the injector's own table. While the process is `running` a mapping that has gone since `maps` was
+/// Classifies the mappings of a process. While the process is `running` a mapping that has gone since `maps` was
 /// read is left out: a program that maps and unmaps all the time could never be looked at otherwise.
 #[allow(clippy::too_many_arguments)]
 pub fn vmas(
     pid: i32,
     place: &str,
     maps: &[Mapping],
-    skip: (u64, u64),
     running: bool,
     objects: &mut ObjectTable,
     cache: &mut Cache,
@@ -105,7 +161,7 @@ pub fn vmas(
 ) -> io::Result<Vec<Vma>> {
     let mut out = Vec::with_capacity(maps.len());
     for m in maps {
-        if (m.start, m.end) == skip || m.name == b"[vsyscall]" {
+        if m.name == b"[vsyscall]" {
             continue;
         }
         // What an agent that was killed left behind does not belong to the program.
@@ -158,6 +214,26 @@ impl From<io::Error> for Reason {
     }
 }
 
+/// What VmFlags says of a mapping.
+pub fn flags(m: &Mapping) -> VmaFlags {
+    VmaFlags {
+        grows_down: m.has(b"gd"),
+        no_reserve: m.has(b"nr"),
+        locked: m.has(b"lo"),
+        lock_on_fault: m.has(b"lf"),
+        dont_fork: m.has(b"dc"),
+        wipe_on_fork: m.has(b"wf"),
+        dont_dump: m.has(b"dd"),
+        sequential: m.has(b"sr"),
+        random: m.has(b"rr"),
+        mergeable: m.has(b"mg"),
+        huge: m.has(b"hg"),
+        no_huge: m.has(b"nh"),
+        stack: m.has(b"gd"),
+        droppable: m.has(b"dp"),
+    }
+}
+
 fn vma(m: &Mapping, backing: Backing) -> Vma {
     let name = m
         .name
@@ -171,22 +247,7 @@ fn vma(m: &Mapping, backing: Backing) -> Vma {
         prot: m.prot,
         shared: m.shared,
         backing,
-        flags: VmaFlags {
-            grows_down: m.has(b"gd"),
-            no_reserve: m.has(b"nr"),
-            locked: m.has(b"lo"),
-            lock_on_fault: m.has(b"lf"),
-            dont_fork: m.has(b"dc"),
-            wipe_on_fork: m.has(b"wf"),
-            dont_dump: m.has(b"dd"),
-            sequential: m.has(b"sr"),
-            random: m.has(b"rr"),
-            mergeable: m.has(b"mg"),
-            huge: m.has(b"hg"),
-            no_huge: m.has(b"nh"),
-            stack: m.has(b"gd"),
-            droppable: m.has(b"dp"),
-        },
+        flags: flags(m),
         pkey: m.pkey,
         name,
     }
@@ -213,8 +274,15 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut Cache) 
             writable,
         }));
     }
-    let meta = stat(&link)?;
-    let path = fs::read_link(&link)?.into_os_string().into_vec();
+    let key = (m.dev, m.ino, m.name.clone());
+    let (meta, path) = match cache.seen.get(&key) {
+        Some(known) => known.clone(),
+        None => {
+            let found = (stat(&link)?, fs::read_link(&link)?.into_os_string().into_vec());
+            cache.seen.insert(key, found.clone());
+            found
+        }
+    };
     if meta.st_mode & libc::S_IFMT != libc::S_IFREG {
         return Err(Reason::Blocked(
             "it maps a device".into(),
@@ -227,7 +295,7 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut Cache) 
             .unwrap_or(Path::new("/"))
             .to_owned();
         let object = objects.get_or_insert(meta.st_dev, meta.st_ino, || {
-            let fd = open(&link, false)?;
+            let (fd, meta) = open(&link, &meta)?;
             Ok::<_, io::Error>((
                 Object {
                     kind: ObjectKind::Unlinked {
@@ -286,18 +354,25 @@ fn stat(link: &str) -> io::Result<rustix::fs::Stat> {
     rustix::fs::stat(link).map_err(|e| io::Error::new(io::Error::from(e).kind(), format!("{link}: {e}")))
 }
 
-fn open(link: &str, write: bool) -> io::Result<OwnedFd> {
-    let mut o = OpenOptions::new();
-    o.read(true).write(write).custom_flags(libc::O_CLOEXEC);
-    o.open(link)
-        .map(Into::into)
-        .map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))
+/// Opens what `meta` was told of. In a running process something else may be mapped there by now: that one is not found, then.
+fn open(link: &str, meta: &rustix::fs::Stat) -> io::Result<(OwnedFd, rustix::fs::Stat)> {
+    let fd: OwnedFd = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_CLOEXEC)
+        .open(link)
+        .map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))?
+        .into();
+    let now = rustix::fs::fstat(&fd)?;
+    if (now.st_dev, now.st_ino) != (meta.st_dev, meta.st_ino) {
+        return Err(io::Error::new(io::ErrorKind::NotFound, format!("{link} is another file by now")));
+    }
+    Ok((fd, now))
 }
 
 fn shared_object(link: &str, m: &Mapping, objects: &mut ObjectTable) -> Result<u32, Reason> {
     let meta = stat(link)?;
     Ok(objects.get_or_insert(meta.st_dev, meta.st_ino, || {
-        let fd = open(link, false)?;
+        let (fd, meta) = open(link, &meta)?;
         let (kind, seals) = match m.name.strip_prefix(b"/memfd:") {
             Some(n) => {
                 let seals = nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_GET_SEALS).unwrap_or(0) as u32;

@@ -95,8 +95,11 @@ pub fn data(fd: BorrowedFd<'_>, size: u64) -> io::Result<Vec<(u64, u64)>> {
             Err(e) => return Err(e.into()),
         };
         let hole = lseek(fd, data, Whence::SeekHole)?;
-        let start = data as u64 & !(PAGE - 1);
-        ranges.push((start, (hole as u64).next_multiple_of(PAGE)));
+        // It may have grown since its size was read.
+        let (start, end) = (data as u64 & !(PAGE - 1), (hole as u64).min(size).next_multiple_of(PAGE));
+        if start < end {
+            ranges.push((start, end));
+        }
         at = hole;
     }
     Ok(ranges)

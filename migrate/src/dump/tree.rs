@@ -3,8 +3,9 @@
 use super::{fds, files, mm, objects::ObjectTable, task, vdso};
 use crate::{
     blocker::Blocker,
-    image::{Clocks, Host, Mm, Process, Thread, Tree},
+    image::{Clocks, Host, Mm, Process, SigInfo, Thread, Tree},
     inject::{InjectError, Injector},
+    laps::Laps,
     procfs::{self, maps, stat, status, timens},
     sys::misc::{self, Shared},
     tracer::{Frozen, Proc, Task, discover},
@@ -92,8 +93,7 @@ fn look(root: i32, host: Host, cache: &mut mm::Cache, mode: fds::Mode) -> Result
     }
     // Processes end under the look: without them, and what is below them, it is tried again.
     loop {
-        let mut asked: Vec<_> = procs.iter().map(|_| task::Asked::default()).collect();
-        match collect(&procs, &mut asked, host.clone(), mode, cache) {
+        match collect(&procs, None, host.clone(), mode, cache) {
             Err(e) if drop_ended(&mut procs) == 0 || procs.is_empty() => return Err(e),
             Err(_) => {}
             r => return r,
@@ -122,49 +122,41 @@ fn drop_ended(procs: &mut Vec<Proc>) -> usize {
     before - procs.len()
 }
 
-/// Reads everything of a frozen tree but the pages.
+/// What a frozen tree was found to be.
+#[derive(Debug)]
+pub struct Found<R> {
+    /// Everything but the pages.
+    pub dumped: Dumped,
+    /// What was put into the processes, so that a thaw leaves no trace.
+    pub injectors: Vec<Option<Injector>>,
+    /// What the caller's own look gave; `None` where something is in the way.
+    pub also: Option<R>,
+}
+
+/// What only the tracer's thread can learn of a process.
+#[derive(Debug, Default)]
+struct Inner {
+    asked: task::Asked,
+    threads: Vec<Thread>,
+    pending: Vec<SigInfo>,
+}
+
+/// Reads everything of a frozen tree but the pages; `also` is the caller's look at their tables. Signals that arrive in between are delivered and the
+/// question is asked again.
 ///
-/// Signals that arrive in between are delivered and the question asked again. The injectors are returned so that a thaw leaves no trace.
-pub fn frozen(f: &mut Frozen, host: Host, cache: &mut mm::Cache) -> Result<(Dumped, Vec<Option<Injector>>), DumpError> {
-    let mut asked = Vec::new();
-    let mut injectors = Vec::new();
+/// Asking and reading at once, on two threads, did not pay: on two cores the stub waited for one of them, and 0.3 ms became 1.3 as often as not.
+pub fn frozen<R>(f: &mut Frozen, host: Host, cache: &mut mm::Cache, also: impl FnOnce(&Dumped) -> R) -> Result<Found<R>, DumpError> {
     let inside: Vec<Blocker> = f.procs.iter().filter_map(in_the_vdso).collect();
-    for i in 0..f.procs.len() {
-        if f.procs[i].is_zombie() {
-            asked.push(task::Asked::default());
-            injectors.push(None);
-            continue;
-        }
-        let mut tries = 0;
-        loop {
-            let p = &f.procs[i];
-            if p.tasks[0].tid != p.pid {
-                asked.push(task::Asked::default());
-                injectors.push(None);
-                break;
-            }
-            let inner: Vec<i32> = p
-                .tasks
-                .iter()
-                .map(|t| status::read_task(p.pid, t.tid).map(|s| s.inner_pid()))
-                .collect::<Result<_, _>>()?;
-            let tid_map: HashMap<i32, i32> = p.tasks.iter().map(|t| t.tid).zip(inner.iter().copied()).collect();
-            let maps = maps::maps(p.pid)?;
-            match task::ask(p, &maps, &inner, &tid_map) {
-                Ok((a, inj)) => {
-                    asked.push(a);
-                    injectors.push(Some(inj));
-                    break;
-                }
-                Err(InjectError::Signal { tid, signal }) if tries < 100 => {
-                    tries += 1;
-                    f.deliver(tid, signal)?;
-                }
-                Err(e) => return Err(e.into()),
-            }
-        }
-    }
-    let mut d = collect(&f.procs, &mut asked, host, fds::Mode::Frozen, cache)?;
+    let Answers { inner, injectors } = ask_all(f)?;
+    let lists = f.procs.iter().zip(&inner).map(|(p, i)| {
+        let mut list = maps::maps(p.pid)?;
+        list.retain(|m| (m.start, m.end) != i.asked.table);
+        Ok(list)
+    });
+    let lists = lists.collect::<io::Result<Vec<_>>>()?;
+    let mut d = collect(&f.procs, Some(lists), host, fds::Mode::Frozen, cache)?;
+    let also = d.blockers.is_empty().then(|| also(&d));
+    fill(&mut d, &f.procs, inner);
     d.blockers.extend(inside);
     for (p, place) in f.procs.iter().map(|p| (p, place(p.pid))) {
         if !p.is_zombie() && p.tasks[0].tid != p.pid {
@@ -184,7 +176,109 @@ pub fn frozen(f: &mut Frozen, host: Host, cache: &mut mm::Cache) -> Result<(Dump
                 .push(Blocker::new(place, "it runs 32-bit code", "32-bit programs cannot move"));
         }
     }
-    Ok((d, injectors))
+    Ok(Found {
+        dumped: d,
+        injectors,
+        also,
+    })
+}
+
+/// What the processes answered.
+struct Answers {
+    inner: Vec<Inner>,
+    injectors: Vec<Option<Injector>>,
+}
+
+/// Asks every process, and reads what ptrace shows of its threads.
+fn ask_all(f: &mut Frozen) -> Result<Answers, DumpError> {
+    let mut laps = Laps::start();
+    let all_cpus = online_cpus();
+    let mut out = Answers {
+        inner: Vec::new(),
+        injectors: Vec::new(),
+    };
+    for i in 0..f.procs.len() {
+        let mut tries = 0;
+        let answer = loop {
+            let p = &f.procs[i];
+            if p.is_zombie() || p.tasks[0].tid != p.pid {
+                break None;
+            }
+            let ids = p.tasks.iter().map(|t| status::read_task(p.pid, t.tid).map(|s| s.inner_pid()));
+            let inner: Vec<i32> = ids.collect::<Result<_, _>>()?;
+            let tid_map: HashMap<i32, i32> = p.tasks.iter().map(|t| t.tid).zip(inner.iter().copied()).collect();
+            match task::ask(p, &maps::maps(p.pid)?, &inner, &tid_map) {
+                Ok(answer) => break Some(answer),
+                Err(InjectError::Signal { tid, signal }) if tries < 100 => {
+                    tries += 1;
+                    f.deliver(tid, signal)?;
+                }
+                Err(e) => return Err(e.into()),
+            }
+        };
+        laps.lap("ask");
+        let p = &f.procs[i];
+        let (mut inner, injector) = match answer {
+            Some((asked, injector)) => (Inner { asked, ..Inner::default() }, Some(injector)),
+            None => Default::default(),
+        };
+        if injector.is_some() && status::read(p.pid)?.vm_lck_kb > 0 {
+            // A new mapping shows what mlockall(MCL_FUTURE) does to new mappings.
+            let table = inner.asked.table;
+            if let Some(t) = maps::smaps(p.pid)?.iter().find(|m| (m.start, m.end) == table) {
+                inner.asked.mlock_future = if t.has(b"lf") { 2 } else { u8::from(t.has(b"lo")) };
+            }
+        }
+        for (k, t) in p.tasks.iter().enumerate() {
+            let asked = inner.asked.threads.get(k).cloned().unwrap_or_default();
+            inner.threads.push(task::thread(p.pid, t, &asked, &all_cpus)?);
+        }
+        if let Some(leader) = p.tasks.first() {
+            inner.pending = task::pending(leader.tid, true)?;
+        }
+        laps.lap("threads");
+        out.inner.push(inner);
+        out.injectors.push(injector);
+    }
+    laps.log("ask");
+    Ok(out)
+}
+
+/// Puts what the processes told into what was read beside them.
+fn fill(d: &mut Dumped, procs: &[Proc], inner: Vec<Inner>) {
+    if let Some(first) = inner.first() {
+        d.tree.clocks = Clocks {
+            monotonic_ns: first.asked.clocks.0,
+            boottime_ns: first.asked.clocks.1,
+            realtime_ns: misc::clock_ns(libc::CLOCK_REALTIME),
+        };
+    }
+    for ((process, p), i) in d.tree.processes.iter_mut().zip(procs).zip(inner) {
+        if p.is_zombie() {
+            continue;
+        }
+        let Inner { asked, threads, pending } = i;
+        if asked.threads.iter().any(|t| t.mempolicy) {
+            d.blockers.push(Blocker::new(
+                place(p.pid),
+                "it has a NUMA memory policy",
+                "start it without numactl",
+            ));
+        }
+        let mm = &mut d.tree.mms[process.mm as usize];
+        mm.layout = task::layout(p, asked.brk);
+        mm.dumpable = asked.dumpable;
+        mm.thp_disable = asked.thp_disable;
+        mm.membarrier = asked.membarrier;
+        mm.xcomp_perm = asked.xcomp_perm;
+        mm.mlock_future = asked.mlock_future;
+        process.threads = threads;
+        process.pending = pending;
+        process.sigactions = asked.sigactions;
+        process.itimers = asked.itimers;
+        process.timers = asked.timers;
+        process.subreaper = asked.subreaper;
+    }
 }
 
 /// A thread that the freeze found in the middle of the vdso: it could not go on there on another kernel.
@@ -194,16 +288,27 @@ fn in_the_vdso(p: &Proc) -> Option<Blocker> {
     Some(Blocker::new(what, "it is in the middle of a function of the kernel's vdso", "try again").transient())
 }
 
-fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mode, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
+/// Reads what /proc tells of a tree. `lists`: the mappings of each process, where they were read before.
+fn collect(
+    procs: &[Proc],
+    lists: Option<Vec<Vec<maps::Mapping>>>,
+    host: Host,
+    mode: fds::Mode,
+    cache: &mut mm::Cache,
+) -> Result<Dumped, DumpError> {
+    cache.begin();
+    let mut lists = lists.map(Vec::into_iter);
     let mut blockers = Vec::new();
     let mut objects = ObjectTable::default();
     let all_cpus = online_cpus();
     let frozen = matches!(mode, fds::Mode::Frozen);
+    let mut laps = Laps::start();
     let mut processes = Vec::new();
     let mut mms = Vec::new();
     let mut vdsos = Vec::new();
     let mut sources = Vec::new();
     for (i, p) in procs.iter().enumerate() {
+        let list = lists.as_mut().and_then(Iterator::next);
         // Gone since the search of a running tree: the caller looks again.
         let st = status::read(p.pid)?;
         if p.is_zombie() {
@@ -211,16 +316,17 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
             continue;
         }
         let here = place(p.pid);
-        process_blockers(p, &st, &here, procs, asked, i, &mut blockers);
-        let a = &mut asked[i];
-        let maps = cache.mappings(p.pid, st.vm_lck_kb > 0, frozen)?;
-        if let Some(t) = maps.iter().find(|m| (m.start, m.end) == a.table && a.table.1 != 0) {
-            // A new mapping shows what mlockall(MCL_FUTURE) does to new mappings.
-            a.mlock_future = if t.has(b"lf") { 2 } else { u8::from(t.has(b"lo")) };
-        }
+        process_blockers(p, &st, &here, procs, i, &mut blockers);
+        laps.lap("blockers");
+        let list = match list {
+            Some(l) => l,
+            None => maps::maps(p.pid)?,
+        };
+        let maps = cache.mappings(p.pid, list, st.vm_lck_kb > 0, frozen)?;
         let auxv = procfs::read(p.pid, "auxv")?;
         let (maps, vdso) = vdso::original(p.pid, &auxv, maps, &mut vdsos)?;
-        let vmas = mm::vmas(p.pid, &here, &maps, a.table, !frozen, &mut objects, cache, &mut blockers)?;
+        let vmas = mm::vmas(p.pid, &here, &maps, !frozen, &mut objects, cache, &mut blockers)?;
+        laps.lap("mappings");
         let pkeys = vmas.iter().fold(0u16, |k, v| k | 1 << v.pkey) & !1;
         let exe = std::fs::read_link(procfs::path(p.pid, "exe"))?;
         let exe_meta = rustix::fs::stat(procfs::path(p.pid, "exe")).map_err(io::Error::from)?;
@@ -235,35 +341,28 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
         let number = |name: &str| procfs::read(p.pid, name).map(|b| String::from_utf8_lossy(&b).trim().to_owned());
         mms.push(Mm {
             vmas,
-            layout: task::layout(p, a.brk),
+            layout: task::layout(p, 0),
             auxv,
             exe,
             vdso,
-            dumpable: a.dumpable,
-            thp_disable: a.thp_disable,
-            membarrier: a.membarrier,
-            xcomp_perm: a.xcomp_perm,
+            dumpable: 0,
+            thp_disable: false,
+            membarrier: 0,
+            xcomp_perm: 0,
             pkeys,
-            mlock_future: a.mlock_future,
+            mlock_future: 0,
             coredump_filter: number("coredump_filter")
                 .ok()
                 .and_then(|s| u32::from_str_radix(&s, 16).ok())
                 .unwrap_or(0x33),
             oom_score_adj: number("oom_score_adj").ok().and_then(|s| s.parse().ok()).unwrap_or(0),
         });
-        let threads = p
-            .tasks
-            .iter()
-            .enumerate()
-            .filter_map(|(k, t)| {
-                if frozen {
-                    let a = a.threads.get(k).cloned().unwrap_or_default();
-                    Some(task::thread(p.pid, t, &a, &all_cpus))
-                } else {
-                    bare_thread(p.pid, t.tid, &all_cpus).ok().map(Ok)
-                }
-            })
-            .collect::<io::Result<Vec<_>>>()?;
+        let threads = match frozen {
+            // They come from the tracer.
+            true => Vec::new(),
+            false => p.tasks.iter().filter_map(|t| bare_thread(p.pid, t.tid, &all_cpus).ok()).collect(),
+        };
+        laps.lap("threads");
         let cwd = std::fs::read_link(procfs::path(p.pid, "cwd"))?;
         let cwd_meta = rustix::fs::stat(procfs::path(p.pid, "cwd")).map_err(io::Error::from)?;
         if cwd_meta.st_nlink == 0 {
@@ -293,31 +392,28 @@ fn collect(procs: &[Proc], asked: &mut [task::Asked], host: Host, mode: fds::Mod
             fds: Vec::new(),
             cwd: files::file_id(cwd.as_os_str().as_bytes(), &cwd_meta),
             umask: st.umask,
-            sigactions: std::mem::take(&mut a.sigactions),
-            pending: if frozen { task::pending(p.tasks[0].tid, true)? } else { Vec::new() },
-            itimers: a.itimers,
-            timers: std::mem::take(&mut a.timers),
+            sigactions: Vec::new(),
+            pending: Vec::new(),
+            itimers: Default::default(),
+            timers: Vec::new(),
             rlimits: task::rlimits(p.pid)?,
-            subreaper: a.subreaper,
+            subreaper: false,
             exit_signal: p.stat.exit_signal,
         });
     }
     let only: Vec<fds::Source> = sources.iter().map(|(_, s)| *s).collect();
     let tables = fds::dump(&only, &mut objects, mode, &mut blockers)?;
+    laps.lap("descriptors");
+    if frozen {
+        laps.log("read");
+    }
     for ((at, _), fds) in sources.iter().zip(tables.fds) {
         processes[*at].fds = fds;
     }
     let (objects, object_fds, object_keys) = objects.into_parts();
     let tree = Tree {
         host,
-        clocks: match asked.first() {
-            Some(a) if frozen => Clocks {
-                monotonic_ns: a.clocks.0,
-                boottime_ns: a.clocks.1,
-                realtime_ns: misc::clock_ns(libc::CLOCK_REALTIME),
-            },
-            _ => clocks_of(procs[0].pid)?,
-        },
+        clocks: if frozen { Clocks::default() } else { clocks_of(procs[0].pid)? },
         processes,
         mms,
         vdsos,
@@ -421,15 +517,7 @@ fn bare_thread(pid: i32, tid: i32, all_cpus: &[u64]) -> io::Result<Thread> {
 }
 
 /// What of a process as a whole cannot move.
-fn process_blockers(
-    p: &Proc,
-    st: &status::Status,
-    here: &str,
-    procs: &[Proc],
-    asked: &[task::Asked],
-    i: usize,
-    blockers: &mut Vec<Blocker>,
-) {
+fn process_blockers(p: &Proc, st: &status::Status, here: &str, procs: &[Proc], i: usize, blockers: &mut Vec<Blocker>) {
     let mut block = |reason: String, fix: &str| blockers.push(Blocker::new(here, reason, fix));
     const PF_KTHREAD: u32 = 0x0020_0000;
     if p.stat.flags & PF_KTHREAD != 0 || st.kernel_thread {
@@ -561,9 +649,6 @@ fn process_blockers(
                 ));
             }
         }
-    }
-    if asked[i].threads.iter().any(|t| t.mempolicy) {
-        blockers.push(Blocker::new(here, "it has a NUMA memory policy", "start it without numactl"));
     }
 }
 

@@ -125,7 +125,7 @@ pub struct Host {
 }
 
 /// Clocks as the tree saw them at the freeze, in nanoseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Clocks {
     /// CLOCK_MONOTONIC, time namespace included.
     pub monotonic_ns: u64,

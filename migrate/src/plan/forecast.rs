@@ -74,10 +74,12 @@ pub struct Outlook {
 }
 
 /// What a migration would be like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Forecast {
     /// Rounds before the freeze.
     pub rounds: u32,
+    /// Bytes of memory that each of them would send, and its time; then what the freeze would send.
+    pub sent: Vec<(u64, Duration)>,
     /// From the start of the first round to the resume.
     pub total: Duration,
     /// The freeze.
@@ -103,6 +105,7 @@ pub fn forecast(limits: Limits, mode: Mode, outlook: &Outlook) -> Forecast {
         };
         return Forecast {
             rounds: 0,
+            sent: vec![(outlook.total - lazy, downtime)],
             total: downtime,
             downtime,
             lazy,
@@ -112,10 +115,12 @@ pub fn forecast(limits: Limits, mode: Mode, outlook: &Outlook) -> Forecast {
     }
     let mut planner = Planner::new(limits, mode, fixed);
     let (mut waiting, mut elapsed) = (outlook.total as f64, 0.0);
+    let mut sent = Vec::new();
     loop {
         let took = ratio * waiting / rate + overhead;
         let dirtied = outlook.activity.dirtied(took).min(outlook.total as f64);
         elapsed += took;
+        sent.push((waiting as u64, duration(took)));
         let decision = planner.round(RoundFacts {
             dirty: dirtied as u64,
             raw: waiting as u64,
@@ -137,8 +142,10 @@ pub fn forecast(limits: Limits, mode: Mode, outlook: &Outlook) -> Forecast {
                 misses_by,
             } => (predicted, lazy, why, misses_by),
         };
+        sent.push((waiting as u64 - lazy.min(waiting as u64), downtime));
         return Forecast {
             rounds: planner.rounds(),
+            sent,
             total: duration(elapsed + downtime.as_secs_f64()),
             downtime,
             lazy,

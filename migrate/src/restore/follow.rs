@@ -15,6 +15,7 @@ use super::{
 use crate::{
     dump::pages::OBJECT_SPACE,
     image::{Backing, Tree, Vma},
+    laps::Laps,
     procfs,
     sys::misc,
 };
@@ -46,6 +47,7 @@ pub type Drops = [(u32, u64, u64)];
 impl Rebuild {
     /// Becomes the skeleton of another shape of the tree. After an error it is good for nothing but being dropped.
     pub fn follow(&mut self, new: Tree, names: Names, drops: &Drops) -> Result<(), FollowError> {
+        let mut laps = Laps::start();
         if !names.fit(&new) {
             return Err(failed("name the address spaces").into());
         }
@@ -60,6 +62,7 @@ impl Rebuild {
         let old_pids = std::mem::take(&mut self.pids);
         let old_objects = std::mem::take(&mut self.objects);
         self.adopt_objects(&old_names, old_objects)?;
+        laps.lap("objects");
         // Kept processes take their slots and pids along before anything is made, so that a failure still finds all to end.
         let count = self.tree.processes.len();
         self.slots = vec![Vec::new(); count];
@@ -88,11 +91,14 @@ impl Rebuild {
                 _ => self.map(i)?,
             }
         }
+        laps.lap("processes");
         let former: Vec<Option<i32>> = shape.from.iter().map(|f| f.map(|o| old.processes[o].pgid)).collect();
         self.groups(&former)?;
         self.drop_pages(drops)?;
         let live: std::collections::HashSet<u32> = self.names.spaces.iter().chain(&self.names.objects).copied().collect();
         self.written.retain(|name| live.contains(name));
+        laps.lap("groups and drops");
+        laps.log("follow");
         Ok(())
     }
 

@@ -146,7 +146,11 @@ impl Batch {
     }
     /// Puts bytes into the slot's data area, 16-byte aligned; returns a token to use as an argument.
     pub fn data(&mut self, bytes: &[u8]) -> u64 {
-        let at = self.data.len().next_multiple_of(16);
+        self.data_aligned(bytes, 16)
+    }
+    /// The same with another alignment, up to 64.
+    pub fn data_aligned(&mut self, bytes: &[u8], align: usize) -> u64 {
+        let at = self.data.len().next_multiple_of(align);
         self.data.resize(at, 0);
         self.data.extend_from_slice(bytes);
         DATA | at as u64

@@ -15,6 +15,7 @@ use crate::{
     arch::{self, inject_stub, pilot},
     dump::pages::OBJECT_SPACE,
     image::{Backing, FileId, Kind, Mm, Process, Tree, Vdso, Vma},
+    laps::Laps,
     procfs::{
         self, maps, stat, status,
         timens::{self, Offsets},
@@ -28,6 +29,7 @@ use std::{
     fs::File,
     io::{self, Write},
     os::fd::{AsRawFd, OwnedFd, RawFd},
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -81,6 +83,8 @@ pub struct Rebuild {
     pub(super) fresh: bool,
     /// The freeze was just now, so written files are exactly as it left them.
     fresh_files: bool,
+    /// oom_score_adj and coredump_filter, as set, by the agent's pids.
+    procfs_set: HashMap<i32, (i16, u32)>,
 }
 
 /// What the address spaces and objects of a tree are called in page runs.
@@ -184,6 +188,7 @@ impl Rebuild {
             mount_namespace: None,
             fresh_files,
             fresh: pids == Pids::Fresh,
+            procfs_set: HashMap::new(),
         };
         r.root(theirs)?;
         r.descend(0, &steps)?;
@@ -480,7 +485,25 @@ impl Rebuild {
         }
         let mut b = Batch::new();
         b.call("close mapping descriptors", libc::SYS_close_range, &[0, self.socket_number - 1, 0]);
-        self.pilots.run(slot, &b).map(drop)
+        self.pilots.run(slot, &b)?;
+        // The pid may have been another process's before.
+        self.procfs_set.remove(&self.pids[i]);
+        self.procfs_state(i, &mm)
+    }
+
+    /// What is set through files of /proc, by the pid that the agent sees; a skeleton has it already, in general.
+    fn procfs_state(&mut self, i: usize, mm: &Mm) -> Result<(), PilotError> {
+        let agent = self.pids[i];
+        let wanted = (mm.oom_score_adj, mm.coredump_filter);
+        if self.procfs_set.insert(agent, wanted) == Some(wanted) {
+            return Ok(());
+        }
+        let write = |name: &str, v: String| std::fs::write(procfs::path(agent, name), v);
+        let set = || {
+            write("oom_score_adj", mm.oom_score_adj.to_string())?;
+            write("coredump_filter", format!("{:#x}", mm.coredump_filter))
+        };
+        set().map_err(PilotError::agent("set oom_score_adj"))
     }
 
     /// Where the kernel's own mappings are in a process that was mapped like this.
@@ -551,7 +574,8 @@ impl Rebuild {
         Ok(sink)
     }
 
-    /// Everything but the release: descriptors, threads, state. `guards` by address space.
+    /// Everything but the pages and the release: descriptors, threads, state. `guards` by address space. Pages may be written meanwhile: nothing
+    /// here touches memory of the program. Relative timers begin to run, so what is still to be written should be a matter of milliseconds.
     pub fn complete(&mut self, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
         let nothing = Tree::empty(self.tree.host.clone());
         let tree = std::mem::replace(&mut self.tree, nothing);
@@ -561,6 +585,7 @@ impl Rebuild {
     }
 
     fn complete_with(&mut self, tree: &Tree, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
+        let mut laps = Laps::start();
         let failed = |e: fds::RestoreError| PilotError::agent("rebuild descriptors")(io::Error::other(e));
         let mut built = fds::build(
             fds::Input {
@@ -579,13 +604,14 @@ impl Rebuild {
         };
         fds::open_pidfds(&tree.descriptions, &mut built, agent_pid).map_err(failed)?;
         fds::set_owners(&tree.descriptions, &built, agent_pid).map_err(failed)?;
+        laps.lap("open descriptors");
         let live: Vec<usize> = (0..tree.processes.len()).filter(|&i| tree.processes[i].zombie.is_none()).collect();
         for &i in &live {
             self.descriptors(i, tree, &built.fds)?;
         }
         self.epolls(tree, &live, &built)?;
-        fds::seal_objects(&tree.objects, &self.objects).map_err(|e| PilotError::agent("seal memfds")(io::Error::other(e)))?;
         drop(built);
+        laps.lap("give descriptors");
         for &i in &live {
             let p = &tree.processes[i];
             let slot = self.slots[i][0];
@@ -599,17 +625,12 @@ impl Rebuild {
                 self.pilots.run(slot, &b)?;
             }
         }
+        laps.lap("layout");
         // Zombies end now, while their parents still take no notice.
         for (i, p) in tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_some()) {
             self.end_zombie(i, p.pid, p.zombie.unwrap_or(0), &p.comm)?;
         }
-        let bounding = status::read_task(std::process::id() as i32, std::process::id() as i32)
-            .map(|s| s.caps[3])
-            .unwrap_or(u64::MAX);
-        let last_cap: u32 = std::fs::read_to_string("/proc/sys/kernel/cap_last_cap")
-            .ok()
-            .and_then(|s| s.trim().parse().ok())
-            .unwrap_or(40);
+        let (bounding, last_cap) = capabilities();
         for &i in &live {
             let p = &tree.processes[i];
             let mm = &tree.mms[p.mm as usize];
@@ -619,15 +640,9 @@ impl Rebuild {
                 .filter(|c| c.zombie.is_some() && c.parent == Some(i as u32))
                 .count();
             self.pilots.run(self.slots[i][0], &task::process(p, tree, zombies))?;
-            // Needs the pid the agent sees.
-            let agent = self.pids[i];
-            let write = |name: &str, v: String| std::fs::write(procfs::path(agent, name), v);
-            let set = || {
-                write("oom_score_adj", mm.oom_score_adj.to_string())?;
-                write("coredump_filter", format!("{:#x}", mm.coredump_filter))
-            };
-            set().map_err(PilotError::agent("set oom_score_adj"))?;
+            self.procfs_state(i, mm)?;
         }
+        laps.lap("processes");
         for &i in &live {
             let p = &tree.processes[i];
             let dumpable = tree.mms[p.mm as usize].dumpable;
@@ -653,6 +668,7 @@ impl Rebuild {
                 self.pilots.run(self.slots[i][k], b)?;
             }
         }
+        laps.lap("threads");
         // The last batch of every task: wait for the release, then load the final context.
         for &i in &live {
             for (k, t) in tree.processes[i].threads.iter().enumerate() {
@@ -666,10 +682,16 @@ impl Rebuild {
                     b.call("close the descriptor socket", libc::SYS_close, &[self.socket_number]);
                 }
                 b.pseudo("wait for the release", pilot::HOLD, 0);
+                // Not before: the kernel writes to it, and the page it lies in may be on its way.
+                if let Some(r) = &t.rseq {
+                    b.call("register rseq", libc::SYS_rseq, &[r.address, r.len as u64, 0, r.signature as u64]);
+                }
                 b.pseudo("load the context", pilot::LEAVE, sp);
                 self.pilots.post(slot, &b);
             }
         }
+        laps.lap("contexts");
+        laps.log("complete");
         Ok(())
     }
 
@@ -838,6 +860,33 @@ impl Rebuild {
         Ok(())
     }
 
+    /// The last step before the release, when all pages are in place.
+    pub fn finish(&mut self) -> Result<(), PilotError> {
+        fds::seal_objects(&self.tree.objects, &self.objects).map_err(|e| PilotError::agent("seal memfds")(io::Error::other(e)))
+    }
+
+    /// Where the kernel's lists of mappings differ from what the tree says, in words. For `--verify`, once the copy is complete.
+    pub fn check_mappings(&self) -> io::Result<Vec<String>> {
+        let mut wrong = Vec::new();
+        for (p, agent) in self.tree.processes.iter().zip(&self.pids).filter(|(p, _)| p.zombie.is_none()) {
+            let mm = &self.tree.mms[p.mm as usize];
+            let mut ours = vec![self.pilots.range()];
+            // Another kernel's vdso is memory like any other here, and this kernel's is somewhere else.
+            if vdso::is_foreign(mm, &self.tree.vdsos)? {
+                ours.push((self.vdso_at, self.vdso_at + self.park.len));
+                ours.extend(
+                    mm.vmas
+                        .iter()
+                        .filter(|v| matches!(v.backing, Backing::Special(_)))
+                        .map(|v| (v.start, v.end)),
+                );
+            }
+            let found = crate::oracle::mappings(&mm.vmas, &maps::smaps(*agent)?, &ours);
+            wrong.extend(found.into_iter().map(|w| format!("process {}: {w}", p.pid)));
+        }
+        Ok(wrong)
+    }
+
     /// Root pid in the agent's namespace.
     pub fn root_pid(&self) -> i32 {
         self.pids[0]
@@ -879,6 +928,19 @@ impl Rebuild {
         }
         left
     }
+}
+
+/// This agent's bounding set, and the last capability there is. Neither changes.
+fn capabilities() -> (u64, u32) {
+    static KNOWN: OnceLock<(u64, u32)> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        let me = std::process::id() as i32;
+        let last = std::fs::read_to_string("/proc/sys/kernel/cap_last_cap");
+        (
+            status::read_task(me, me).map_or(u64::MAX, |s| s.caps[3]),
+            last.ok().and_then(|s| s.trim().parse().ok()).unwrap_or(40),
+        )
+    })
 }
 
 /// Descriptors that a process was given to map.

@@ -179,7 +179,12 @@ pub fn thread(t: &Thread, p: &Process, last_cap: u32, bounding: u64, leader: boo
         b.call("set_robust_list", libc::SYS_set_robust_list, &[t.robust_list.0, t.robust_list.1]);
     }
     if let Some(r) = &t.rseq {
-        b.call("register rseq", libc::SYS_rseq, &[r.address, r.len as u64, 0, r.signature as u64]);
+        // Tried elsewhere: the real one is registered after the release, when nobody can take it back any more.
+        const RSEQ_FLAG_UNREGISTER: u64 = 1;
+        let area = b.data_aligned(&vec![0; r.len.min(4096) as usize], 32);
+        for (what, flags) in [("register rseq", 0), ("unregister rseq", RSEQ_FLAG_UNREGISTER)] {
+            b.call(what, libc::SYS_rseq, &[area, r.len as u64, flags, r.signature as u64]);
+        }
     }
     let s = &t.sched;
     let attr = SchedAttr {

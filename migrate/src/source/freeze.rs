@@ -10,7 +10,7 @@ use crate::{
     report::Failure,
     restore::rebuild::Names,
     sys::mem::Mem,
-    tracer::{Frozen, Tracer},
+    tracer::{Frozen, Holder, Tracer},
 };
 use std::{
     cell::RefCell,
@@ -77,13 +77,15 @@ pub struct Snapshot {
     pub drops: Vec<(u32, u64, u64)>,
     /// Guard regions.
     pub guards: Vec<Vec<(u64, u64)>>,
+    /// Keeps the tree stopped beyond the death of this agent.
+    pub holder: Holder,
     /// When the first task stopped.
     pub since: Instant,
     /// Time to stop all, and to read all.
     pub interrupt: Duration,
     /// Time to read everything but pages.
     pub collect: Duration,
-    /// Time to look for pages that were written.
+    /// Time to look for pages that were written; some of it passes beside the collecting.
     pub scan: Duration,
 }
 
@@ -183,27 +185,38 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
         }
         None => (&mut own, None),
     };
-    let (d, injectors) = dump::tree::frozen(&mut held.frozen, host, cache).map_err(|e| match e {
+    let mut scan = Duration::ZERO;
+    let mut rounds = rounds;
+    let found = dump::tree::frozen(&mut held.frozen, host, cache, |d| {
+        let began = Instant::now();
+        let last = match &mut rounds {
+            Some(r) => r.last(d),
+            None => pages::plan_tree(&d.tree, &d.pids, &d.object_fds).map(|(plans, guards)| Last {
+                names: Names::plain(&d.tree),
+                plans,
+                guards,
+                drops: Vec::new(),
+            }),
+        };
+        scan = began.elapsed();
+        last
+    });
+    let found = found.map_err(|e| match e {
         dump::tree::DumpError::Inject(e @ InjectError::Unfit { .. }) => Failure::refused("freeze", pid, e, Vec::new()),
         e => fail(format!("cannot read the frozen tree: {e}")),
     })?;
-    held.injectors = injectors;
-    if !d.blockers.is_empty() {
-        return Ok(Err(d.blockers));
-    }
-    let collect = since.elapsed() - interrupt;
-    let last = match rounds {
-        Some(r) => r.last(&d),
-        None => pages::plan_tree(&d.tree, &d.pids, &d.object_fds).map(|(plans, guards)| Last {
-            names: Names::plain(&d.tree),
-            plans,
-            guards,
-            drops: Vec::new(),
-        }),
+    let d = found.dumped;
+    held.injectors = found.injectors;
+    let last = match found.also {
+        Some(last) if d.blockers.is_empty() => last,
+        _ => return Ok(Err(d.blockers)),
     };
     let last = last.map_err(|e| fail(format!("cannot read the page tables: {e}")))?;
+    let collect = since.elapsed() - interrupt;
+    let holder = held.frozen.holder();
     HELD.with(|h| *h.borrow_mut() = Some(held));
     Ok(Ok(Snapshot {
+        holder,
         tree: d.tree,
         names: last.names,
         pids: d.pids,
@@ -213,8 +226,8 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
         guards: last.guards,
         since,
         interrupt,
-        collect,
-        scan: since.elapsed() - interrupt - collect,
+        collect: collect.saturating_sub(scan),
+        scan,
     }))
 }
 
@@ -253,19 +266,6 @@ pub async fn kill(tracer: &Tracer) {
                     std::mem::replace(&mut held.frozen, Frozen::nothing()).kill();
                 }
             });
-        })
-        .await;
-}
-
-/// Sends SIGSTOP as well, so that the tree outlives this agent stopped.
-pub(super) async fn hold(tracer: &Tracer) {
-    let _ = tracer
-        .call(|| {
-            HELD.with(|h| {
-                if let Some(h) = h.borrow_mut().as_mut() {
-                    h.frozen.hold()
-                }
-            })
         })
         .await;
 }

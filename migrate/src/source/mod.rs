@@ -22,10 +22,10 @@ use crate::{
     track,
     wire::{self, Handover, Inventory, Message, WireError},
 };
-use freeze::{hold, kill, thaw};
+use freeze::{kill, thaw};
 use migrate_transport::Link;
 use precopy::Job;
-use predict::{Counts, predict};
+use predict::{Basis, Counts, predict};
 use rounds::Rounds;
 use std::{
     fs::File,
@@ -222,20 +222,33 @@ pub async fn send<C: Connector>(
             ))));
         }
     }
+    let tracer = Tracer::start().map_err(|e| Failure::failed("freeze", pid, e))?;
     if options.dry_run {
         phase("predict");
-        let p = predict(&mut link, &counts).await.map_err(lost("predict"))?;
+        let before = start.elapsed();
+        let rounds = kind.map(|kind| Rounds::new(pid, kind, &inv, cache)).transpose();
+        let basis = Basis {
+            counts: &counts,
+            options: &options,
+            rounds: rounds.map_err(|e| Failure::failed("predict", pid, e))?,
+            tracer: &tracer,
+        };
+        let p = tokio::select! {
+            p = predict(&mut link, basis) => p.map_err(lost("predict"))?,
+            () = cancel.cancelled() => return Err(interrupted(pid)),
+        };
         link.close("rehearsed").await;
         return Ok(Report {
             outcome: "predicted".into(),
             id,
             pid,
+            // What comes before the first round is done already.
+            total_ms: p.total_ms + ms(before),
             agent_peak_rss: misc::peak_rss(),
             ..p
         });
     }
 
-    let tracer = Tracer::start().map_err(|e| Failure::failed("freeze", pid, e))?;
     let mut job = Job {
         pid,
         host,
@@ -254,13 +267,28 @@ pub async fn send<C: Connector>(
         None => None,
     };
     drop(inv);
+    let mut journal = None;
     let result = match job.until_frozen(&mut link, tracked.as_ref(), counts.fixed()).await {
-        Ok(snap) => {
+        Ok(mut snap) => {
             let t_transfer = Instant::now();
+            // Written while the pages are on their way. It says nothing untrue yet: whoever asks because of it hears that the copy was never resumed.
+            let (dir, id, pids, peer) = (state_dir.clone(), id.clone(), snap.pids.clone(), connector.name());
+            journal = Some(tokio::task::spawn_blocking(move || {
+                let entry = Entry {
+                    id,
+                    side: Side::Source,
+                    stage: Stage::Committed,
+                    processes: journal::identify(&pids),
+                    peer,
+                    since: misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
+                    boot_id: journal::boot_id(),
+                };
+                Journal::create(&dir, &entry)
+            }));
             let terms = job.terms();
             let number = job.rounds.len() as u32 + 1;
             tokio::select! {
-                r = transfer::last(&mut link, &snap, verify, number, terms, &events) => r.map_err(lost("transfer")),
+                r = transfer::last(&mut link, &mut snap, verify, number, terms, &events) => r.map_err(lost("transfer")),
                 () = cancel.cancelled() => Err(interrupted(pid)),
             }
             .map(|round| (snap, round, t_transfer))
@@ -268,10 +296,19 @@ pub async fn send<C: Connector>(
         Err(e) => Err(e),
     };
     let mut rounds = std::mem::take(&mut job.rounds);
+    let journal = match journal {
+        Some(j) => Some(j.await.map_err(io::Error::other).and_then(|j| j)),
+        None => None,
+    };
+    let interrupted_now = || if cancel.is_cancelled() { Err(interrupted(pid)) } else { Ok(()) };
+    let result = result.and_then(|r| interrupted_now().map(|()| r));
     let (snap, round, t_transfer) = match result {
         Ok(r) => r,
         Err(mut e) => {
             thaw(&tracer).await;
+            if let Some(Ok(j)) = journal {
+                let _ = j.remove();
+            }
             // A receiver that gave up says why on the control stream.
             if let Ok(Ok(Message::Aborted(reason))) = tokio::time::timeout(Duration::from_millis(300), wire::recv(&mut link)).await {
                 e.message = format!("the destination gave up: {reason}; the program runs on here");
@@ -281,23 +318,9 @@ pub async fn send<C: Connector>(
         }
     };
     rounds.push(round);
-    if cancel.is_cancelled() {
-        thaw(&tracer).await;
-        link.close("the source gave up").await;
-        return Err(interrupted(pid));
-    }
 
     phase("handover");
-    let entry = Entry {
-        id: id.clone(),
-        side: Side::Source,
-        stage: Stage::Committed,
-        processes: journal::identify(&snap.pids),
-        peer: connector.name(),
-        since: misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
-        boot_id: journal::boot_id(),
-    };
-    let journal = match Journal::create(&state_dir, &entry) {
+    let journal = match journal.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into())) {
         Ok(j) => j,
         Err(e) => {
             thaw(&tracer).await;
@@ -308,7 +331,7 @@ pub async fn send<C: Connector>(
             ));
         }
     };
-    hold(&tracer).await;
+    snap.holder.hold();
     let t_handover = Instant::now();
     let hashes = if verify {
         match oracle::hashes(&snap.tree, &snap.pids, &snap.object_fds) {

@@ -1,13 +1,18 @@
 //! What a migration would cost, without doing it.
 
-use super::ms;
+use super::{
+    ms,
+    rounds::{Prepared, Rounds},
+};
 use crate::{
-    dump::pages,
-    image::Tree,
-    report::{Downtime, Report, Round},
+    dump::pages::{self, SpacePlan},
+    image::{PAGE, Tree},
+    plan::{self, Activity, Limits, Outlook, forecast},
+    report::{Downtime, Report, Round, SendOptions},
+    tracer::Tracer,
     wire::{self, Message, WireError},
 };
-use migrate_transport::Link;
+use migrate_transport::{Link, sample_compression};
 use std::{
     fs::File,
     io,
@@ -49,9 +54,25 @@ impl Counts {
     }
 }
 
-/// Predicts a stop-and-copy migration: the link is measured with some random bytes, nothing is stopped.
-pub async fn predict<L: Link>(link: &mut L, c: &Counts) -> Result<Report, WireError> {
-    let start = Instant::now();
+/// How long the program's writes are watched: so long, and then twice as long.
+const SAMPLE: Duration = Duration::from_millis(250);
+/// Bytes that are read to see how well they compress, and how many are zeros.
+const LOOKED_AT: u64 = 2 << 20;
+
+/// What a prediction goes by, beside the link.
+pub struct Basis<'a> {
+    /// What the inventory has counted.
+    pub counts: &'a Counts,
+    /// Mode and limits.
+    pub options: &'a SendOptions,
+    /// Looks at the tree, in modes with rounds.
+    pub rounds: Option<Rounds>,
+    /// Where it looks.
+    pub tracer: &'a Tracer,
+}
+
+/// What the link carries: bytes a second, and the round trip.
+async fn probe<L: Link>(link: &mut L) -> Result<(f64, Duration), WireError> {
     let mut probe = vec![0u8; 8 << 20];
     let _ = File::open("/dev/urandom").and_then(|mut f| io::Read::read_exact(&mut f, &mut probe));
     let mut best = f64::INFINITY;
@@ -71,27 +92,145 @@ pub async fn predict<L: Link>(link: &mut L, c: &Counts) -> Result<Report, WireEr
             best = best.min(t.elapsed().saturating_sub(rtt).as_secs_f64() / probe.len() as f64);
         }
     }
-    let fixed = ms(c.fixed()) + ms(rtt);
-    let wire_ms = best * c.bytes as f64 * 1000.0;
-    let round = Round {
-        pages: c.bytes / crate::image::PAGE,
-        zero_pages: 0,
-        bytes: c.bytes,
-        ms: wire_ms,
-        stopped_ms: 0.0,
+    Ok((1.0 / best.max(1e-12), rtt))
+}
+
+/// What a sample of the running tree tells.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sample {
+    activity: Activity,
+    /// Bytes of memory with content, and those that are looked at every round.
+    total: u64,
+    /// Bytes on the wire for one of memory, were it compressed; compressed bytes a second.
+    compression: (f64, f64),
+    /// Share of pages that are not zero.
+    content: f64,
+    /// What a look takes.
+    look: Duration,
+}
+
+/// Watches the tree's writes. It is stopped for an instant when the tracker is attached; with soft-dirty at each look.
+fn sample(mut rounds: Rounds) -> io::Result<Sample> {
+    let first = rounds.look()?;
+    let total = first.dirty;
+    let (compression, content) = look_into(&first)?;
+    rounds.pretend_sent(&first)?;
+    std::thread::sleep(SAMPLE);
+    let half = rounds.look()?;
+    rounds.pretend_sent(&half)?;
+    std::thread::sleep(SAMPLE * 2);
+    let began = Instant::now();
+    let both = rounds.look()?;
+    Ok(Sample {
+        activity: Activity::from_sample(SAMPLE, half.dirtied, both.dirtied.max(half.dirtied), total),
+        total,
+        compression,
+        content,
+        look: began.elapsed(),
+    })
+}
+
+/// Reads some of the first round's pages: how they compress, and the share that is not zero.
+fn look_into(p: &Prepared) -> io::Result<((f64, f64), f64)> {
+    let all: u64 = p.plans.iter().map(|(plan, _)| plan.bytes()).sum();
+    let (mut pages, mut zero, mut data) = (0, 0, Vec::new());
+    for (plan, reader) in &p.plans {
+        // From each space its share, from the middle of each range.
+        let share = |bytes: u64| (bytes as u128 * LOOKED_AT as u128 / u128::from(all.max(1))) as u64 / PAGE * PAGE;
+        let mut some = SpacePlan {
+            space: plan.space,
+            ranges: Vec::new(),
+        };
+        let mut due = 0;
+        for (a, b) in &plan.ranges {
+            due += b - a;
+            let n = share(due).min((b - a) / PAGE * PAGE);
+            if n > 0 {
+                due = 0;
+                let from = a + (b - a - n) / 2 / PAGE * PAGE;
+                some.ranges.push((from, from + n));
+            }
+        }
+        let mut missed = Vec::new();
+        pages::read_running(&some, reader, &mut missed, &mut |b| {
+            pages += b.pages;
+            zero += b.zero;
+            data.extend(b.data);
+            true
+        })?;
+    }
+    let content = if pages + zero == 0 {
+        1.0
+    } else {
+        pages as f64 / (pages + zero) as f64
     };
+    Ok((sample_compression(&data), content))
+}
+
+/// Predicts a migration: the link is measured with some random bytes, the program's writes are watched for a moment, and the planner that would lead the
+/// migration leads a simulation of it. Nothing is moved.
+pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, WireError> {
+    let Basis { counts: c, options, .. } = basis;
+    let (measured, rtt) = probe(link).await?;
+    let rate = options.bandwidth.map_or(measured, |b| measured.min(b as f64));
+    let seen = match basis.rounds {
+        Some(rounds) => {
+            let failed = |e: io::Error| WireError::Protocol(format!("nothing: cannot look at the tree: {e}"));
+            basis.tracer.call(move || sample(rounds)).await.map_err(failed)?.map_err(failed)?
+        }
+        None => Sample {
+            total: c.bytes,
+            compression: (1.0, 0.0),
+            content: 1.0,
+            ..Sample::default()
+        },
+    };
+    let cores_shared = std::thread::available_parallelism().is_ok_and(|n| n.get() <= 2) && options.bandwidth.is_none();
+    let (packed, speed) = seen.compression;
+    let ratio = if plan::compress_pays(packed, speed, rate, cores_shared) {
+        packed
+    } else {
+        1.0
+    };
+    let limits = Limits {
+        downtime: options.downtime_limit,
+        rounds: options.max_rounds,
+        time: options.max_time,
+    };
+    let outlook = Outlook {
+        total: (seen.total as f64 * seen.content) as u64,
+        activity: seen.activity,
+        ratio,
+        rate,
+        fixed: c.fixed() + rtt,
+        overhead: seen.look + rtt,
+    };
+    let f = forecast(limits, options.mode, &outlook);
+    let rounds: Vec<Round> = f
+        .sent
+        .iter()
+        .map(|(bytes, took)| Round {
+            pages: bytes / PAGE,
+            zero_pages: 0,
+            bytes: (*bytes as f64 * ratio) as u64,
+            ms: ms(*took),
+            stopped_ms: 0.0,
+        })
+        .collect();
+    let last = f.sent.last().map_or(0, |s| s.0) as f64 * ratio / rate * 1000.0;
     Ok(Report {
         processes: c.processes,
         threads: c.threads,
-        rounds: vec![round],
-        downtime_ms: fixed + wire_ms,
+        pages_sent: rounds.iter().map(|r| r.pages).sum(),
+        bytes_sent: rounds.iter().map(|r| r.bytes).sum(),
+        rounds,
+        downtime_ms: ms(f.downtime),
         downtime: Downtime {
-            transfer_ms: wire_ms,
-            restore_ms: fixed,
+            transfer_ms: last,
+            restore_ms: ms(f.downtime) - last,
             ..Default::default()
         },
-        total_ms: ms(start.elapsed()),
-        bytes_sent: link.bytes_sent(),
+        total_ms: ms(f.total),
         ..Default::default()
     })
 }

@@ -22,6 +22,7 @@ use crate::{
     },
     image::{Host, ObjectKind, PAGE, Tree},
     inject::{InjectError, Injector},
+    laps::Laps,
     pages::PageSet,
     procfs::{maps, status},
     restore::{rebuild::Names, shape},
@@ -189,6 +190,20 @@ impl Rounds {
         self.tracks.contents.sent(objects);
     }
 
+    /// For a prediction: takes a round for sent without sending it.
+    pub fn pretend_sent(&mut self, p: &Prepared) -> io::Result<()> {
+        let mut hashes = Vec::new();
+        for (plan, reader) in p.plans.iter().filter(|(plan, _)| plan.space >= OBJECT_SPACE) {
+            let mut missed = Vec::new();
+            crate::dump::pages::read_running(plan, reader, &mut missed, &mut |b| {
+                super::transfer::note(&b, &mut hashes);
+                true
+            })?;
+        }
+        self.sent(&hashes);
+        Ok(())
+    }
+
     /// The round that the last look prepared is not going to be sent.
     pub fn unsent(&mut self, p: &Prepared) {
         let t = &mut self.tracks;
@@ -220,20 +235,31 @@ impl Rounds {
 
     /// Looks at the tree: what has changed since the last look becomes the next round. Runs on the tracer thread.
     pub fn look(&mut self) -> io::Result<Prepared> {
+        let mut laps = Laps::start();
         let stops = self.kind == track::Kind::SoftDirty;
         let mut frozen = None;
         if stops {
+            self.cache.freshen();
             frozen = Some(Frozen::freeze(self.root, Duration::from_secs(5)).map_err(io::Error::other)?);
         }
-        let d = self.outline()?;
+        self.cache.stopped = stops;
+        let d = self.outline();
+        self.cache.stopped = false;
+        let d = d?;
+        laps.lap("outline");
         let mut untracked = Vec::new();
         if !stops {
             untracked = self.attach(&d);
         }
+        laps.lap("attach");
         let mut p = self.scan(&d)?;
+        laps.lap("scan");
         p.stopped += frozen.as_ref().map_or(Duration::ZERO, |f| f.since.elapsed());
         drop(frozen);
+        laps.lap("thaw");
         self.tracks.objects(&d, &mut p)?;
+        laps.lap("objects");
+        laps.log("look");
         p.untracked = untracked;
         Ok(p)
     }
@@ -611,6 +637,8 @@ impl Space {
                 scan.gone
             };
             self.owed.subtract(&stale);
+            // Armed by now, perhaps: if the tree is let go once more, it has to be sent later.
+            self.owed.extend(&scan.dirty);
             drops.extend(stale.ranges().iter().map(|r| (self.name, r.0, r.1)));
             send.extend(&scan.dirty);
             guards.extend(&scan.guards);

@@ -8,7 +8,8 @@ use super::{
 };
 use crate::{
     dump::pages::{self, Batch, OBJECT_SPACE, Reader, SpacePlan},
-    image::PAGE,
+    image::{PAGE, Tree},
+    laps::Laps,
     plan,
     report::{Event, Events, Round},
     wire::{self, Applied, Message, RoundStart, State, WireError},
@@ -86,13 +87,14 @@ pub async fn round<L: Link>(
 /// Sends the state and every page of the frozen tree that is not at the destination yet.
 pub async fn last<L: Link>(
     link: &mut L,
-    snap: &Snapshot,
+    snap: &mut Snapshot,
     verify: bool,
     number: u32,
     terms: Terms,
     events: &Events,
 ) -> Result<Round, WireError> {
     let start = Instant::now();
+    let mut laps = Laps::start();
     let total: u64 = snap.plans.iter().map(SpacePlan::bytes).sum();
     let before = link.bytes_sent();
     let mut readers = Vec::new();
@@ -101,24 +103,34 @@ pub async fn last<L: Link>(
             .map_err(|e| WireError::Protocol(format!("nothing: cannot read the tree's memory: {e}")))?;
         readers.push((plan.clone(), reader));
     }
-    let state = State {
-        tree: snap.tree.clone(),
-        names: snap.names.clone(),
-        drops: snap.drops.clone(),
-        guards: snap.guards.clone(),
+    laps.lap("open readers");
+    // Lent to the message rather than copied.
+    let nothing = Tree::empty(snap.tree.host.clone());
+    let message = Message::State(Box::new(State {
+        tree: std::mem::replace(&mut snap.tree, nothing),
+        names: std::mem::take(&mut snap.names),
+        drops: std::mem::take(&mut snap.drops),
+        guards: std::mem::take(&mut snap.guards),
         bytes: total,
         verify,
-    };
-    wire::send(link, &Message::State(Box::new(state))).await?;
+    }));
+    let sent = wire::send(link, &message).await;
+    if let Message::State(s) = message {
+        (snap.tree, snap.names, snap.drops, snap.guards) = (s.tree, s.names, s.drops, s.guards);
+    }
+    sent?;
+    laps.lap("send the state");
     let (mut round, _) = send_pages(link, readers, total, number, true, terms, events).await?;
     round.bytes = link.bytes_sent() - before;
+    laps.lap("send the pages");
+    laps.log("transfer");
     round.ms = start.elapsed().as_secs_f64() * 1000.0;
     events(Event::Round(round));
     Ok(round)
 }
 
 /// Hashes the pages of a batch, each run of which has a chunk of data of its own.
-fn note(batch: &Batch, out: &mut Vec<(u32, u64, Hash)>) {
+pub fn note(batch: &Batch, out: &mut Vec<(u32, u64, Hash)>) {
     let mut data = batch.data.iter();
     let zero = objects::hash(&[0; PAGE as usize]);
     for run in &batch.runs {
@@ -208,6 +220,7 @@ async fn send_pages<L: Link>(
         }
     }
     let fate = worker.await.unwrap_or_default();
-    stream.finish().await?;
+    // Whether it has arrived the other side says, with the round's end or the answer to the handover.
+    stream.end().await?;
     Ok((round, fate))
 }

@@ -47,6 +47,7 @@ const WP_MATCHING: u64 = 1;
 const CHECK_WPASYNC: u64 = 2;
 /// Regions asked for in one call.
 const REGIONS: usize = 512;
+const FEW: usize = 16;
 
 /// Pages that share a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,7 +151,15 @@ impl Pagemap {
     }
 
     fn scan_into(&self, mut arg: ScanArg, mut take: impl FnMut(Region)) -> io::Result<()> {
-        let mut vec = [Region::default(); REGIONS];
+        // A scan of a few pages is cheaper than clearing a long list for it.
+        let (mut few, mut many);
+        let vec: &mut [Region] = if arg.end - arg.start <= FEW as u64 * PAGE {
+            few = [Region::default(); FEW];
+            &mut few
+        } else {
+            many = [Region::default(); REGIONS];
+            &mut many
+        };
         arg.size = 96;
         arg.vec = vec.as_mut_ptr() as u64;
         arg.vec_len = vec.len() as u64;

@@ -17,7 +17,7 @@
 
 use super::{Scan, TrackError, Tracker, over_file};
 use crate::{
-    image::Vma,
+    image::{PAGE, Vma},
     pages::PageSet,
     sys::{
         pagemap::{Pagemap, Range},
@@ -39,6 +39,8 @@ pub struct WpAsync {
 
 /// What one page table covers: held pages are looked for by such blocks.
 const BLOCK: u64 = 2 << 20;
+/// Clean pages between two written ones that are looked at along with them: about what one more call costs.
+const NEAR: u64 = 16 * PAGE;
 
 impl WpAsync {
     /// `fd`: the number that userfaultfd(2) returned inside process `pid`. The caller closes it there.
@@ -62,10 +64,34 @@ impl WpAsync {
         }
     }
 
+    /// What was written, armed again. Where the destination holds pages the kernel's fast way tells first which are not armed: 0.3 ms for a GiB
+    /// in place of 10 ms. In the other blocks that would show, and arm, every hole of a reserve.
+    fn take_written(&self, vma: &Vma, held: &PageSet, found: &mut Vec<Range>) -> io::Result<()> {
+        if over_file(vma) {
+            return self.pagemap.take_written(vma.start, vma.end, found);
+        }
+        let blocks = blocks(&held.clip(vma.start, vma.end), vma);
+        let mut rest = PageSet::new();
+        rest.insert(vma.start, vma.end);
+        rest.subtract(&blocks);
+        for &(a, b) in rest.ranges() {
+            self.pagemap.take_written(a, b, found)?;
+        }
+        let mut open = Vec::new();
+        for &(a, b) in blocks.ranges() {
+            self.pagemap.unarmed(a, b, &mut open)?;
+        }
+        let near = open.chunk_by(|l, r| r.0 - l.1 <= NEAR);
+        for (a, b) in near.filter_map(|g| Some((g.first()?.0, g.last()?.1))) {
+            self.pagemap.take_written(a, b, found)?;
+        }
+        Ok(())
+    }
+
     fn round(&mut self, vma: &Vma, held: &PageSet) -> Result<Scan, TrackError> {
         let mut scan = Scan::default();
         let mut found = Vec::new();
-        match self.pagemap.take_written(vma.start, vma.end, &mut found) {
+        match self.take_written(vma, held, &mut found) {
             Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Err(TrackError::Untracked),
             r => r.map_err(changed)?,
         }

@@ -77,8 +77,8 @@ impl Sending {
         Ok(())
     }
 
-    /// Ends the stream, and waits for the acknowledgement's way back.
-    pub async fn finish(self) -> Result<(), LinkError> {
+    /// Ends the stream; when that will have arrived, if ever.
+    pub fn end(&self) -> Result<Option<Instant>, LinkError> {
         self.wire.check(self.side)?;
         let due = self.wire.transmit(self.side, 0);
         self.sender
@@ -89,7 +89,12 @@ impl Sending {
                 _window: None,
             })
             .map_err(|_| self.abandoned())?;
-        match due {
+        Ok(due)
+    }
+
+    /// Ends the stream, and waits for the acknowledgement's way back.
+    pub async fn finish(self) -> Result<(), LinkError> {
+        match self.end()? {
             Some(due) => {
                 let back = due + self.wire.lock().config.delay;
                 tokio::select! {

@@ -270,10 +270,12 @@ impl PageSender for QuicPageSender {
         flush(&mut self.stream, &mut self.unsent).await.map_err(|e| self.shared.write(e))
     }
 
+    async fn end(mut self) -> Result<(), LinkError> {
+        self.close().await
+    }
+
     async fn finish(mut self) -> Result<(), LinkError> {
-        flush(&mut self.stream, &mut self.unsent).await.map_err(|e| self.shared.write(e))?;
-        self.stream.finish().map_err(|_| self.shared.abandoned())?;
-        self.finished = true;
+        self.close().await?;
         match self.stream.stopped().await {
             Ok(None) => Ok(()),
             Err(StoppedError::ConnectionLost(error)) => Err(self.shared.closed(&error)),
@@ -287,6 +289,15 @@ impl PageSender for QuicPageSender {
 
     fn raw_and_wire_bytes(&self) -> (u64, u64) {
         self.encoder.raw_and_wire_bytes()
+    }
+}
+
+impl QuicPageSender {
+    async fn close(&mut self) -> Result<(), LinkError> {
+        flush(&mut self.stream, &mut self.unsent).await.map_err(|e| self.shared.write(e))?;
+        self.stream.finish().map_err(|_| self.shared.abandoned())?;
+        self.finished = true;
+        Ok(())
     }
 }
 

@@ -105,8 +105,9 @@ pub(super) fn shape(context: &mut Context<'_>, open: &Open) -> Result<Shape, Dum
         }
     }
     if path.starts_with(b"/proc/") && path.get(6).is_some_and(u8::is_ascii_digit) && fs_type(context, open, &stat) == PROC_SUPER_MAGIC {
+        // Programs look into /proc for an instant; the C library does when a thread asks for its stack.
         let reason = format!("{} shows a process of this host", text(&path));
-        return Ok(context.refuse(open, reason, "close it before the migration"));
+        return Ok(context.refuse_for_now(open, reason, "close it before the migration"));
     }
     let file = file_id(&path, &stat);
     let pos = context.info(open).pos;
