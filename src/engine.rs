@@ -494,6 +494,9 @@ pub fn recover_list(state_dir: &Path) -> Result<Vec<OpenHandover>, Failure> {
             let alive = e.alive();
             let state = match (e.side, alive.is_empty()) {
                 (_, true) => "its processes are gone; nothing is left to decide".to_owned(),
+                (Side::Source, false) if !stopped(&alive) => {
+                    "its processes run on here: the agent ended before the hand-over; recovering removes the record".to_owned()
+                }
                 (Side::Source, false) => format!(
                     "{} processes are kept stopped here until {} says what became of the copy",
                     alive.len(),
@@ -515,6 +518,12 @@ pub fn recover_list(state_dir: &Path) -> Result<Vec<OpenHandover>, Failure> {
             }
         })
         .collect())
+}
+
+/// Whether any of these processes is stopped: by the hand-over, which is the last thing an agent does before it asks the destination to go on.
+fn stopped(pids: &[i32]) -> bool {
+    let state = |pid: &i32| migrate_engine::procfs::stat::read(*pid).map(|s| s.state);
+    pids.iter().any(|pid| matches!(state(pid), Ok(b'T' | b't')))
 }
 
 /// The one open hand-over whose id begins like this; else the text itself.
@@ -595,7 +604,11 @@ pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, ca
             class: migrate_engine::report::Class::Unknown,
             phase: "recover",
             pid,
-            message: format!("{} does not answer; process {pid} stays stopped", entry.peer),
+            message: format!(
+                "{} does not answer; process {pid} {}",
+                entry.peer,
+                if stopped(&alive) { "stays stopped" } else { "runs on here" }
+            ),
             fix: Some(format!(
                 "try again when it is reachable, or, if the copy is surely dead, migrate recover {id} --abort"
             )),
