@@ -67,8 +67,16 @@ pub fn outline(root: i32, host: Host, cache: &mut mm::Cache) -> Result<Dumped, D
 
 fn look(root: i32, host: Host, cache: &mut mm::Cache, mode: fds::Mode) -> Result<Dumped, DumpError> {
     let mut procs = Vec::new();
+    // Where each that was discovered is in the list; one that has ended since is not, nor is what is below it.
+    let mut place: Vec<Option<usize>> = Vec::new();
     for (pid, parent, parent_tid) in discover(root)? {
-        let Ok(stat) = stat::read(pid) else { continue };
+        let parent = parent.map(|i| place[i]);
+        let (Ok(stat), false) = (stat::read(pid), parent == Some(None)) else {
+            place.push(None);
+            continue;
+        };
+        let parent = parent.flatten();
+        place.push(Some(procs.len()));
         let tids = if stat.state == b'Z' {
             Vec::new()
         } else {
@@ -90,6 +98,9 @@ fn look(root: i32, host: Host, cache: &mut mm::Cache, mode: fds::Mode) -> Result
             tasks,
             stat,
         });
+    }
+    if procs.is_empty() {
+        return Err(io::Error::new(io::ErrorKind::NotFound, format!("process {root} has ended")).into());
     }
     // Processes end under the look: without them, and what is below them, it is tried again.
     loop {
