@@ -229,9 +229,9 @@ fn predict() {
             rounds.push(count(&said) - count(&shown));
         }
         let name = format!("{mib} MiB, {rate} MB/s: predicted by measured");
-        let two = |v: Vec<f64>| v.into_iter().map(|x| x * 100.0).collect();
-        row(&format!("{name}, freeze"), "%", two(freeze));
-        row(&format!("{name}, total time"), "%", two(total));
+        let percent = |v: Vec<f64>| v.into_iter().map(|x| x * 100.0).collect();
+        row(&format!("{name}, freeze"), "%", percent(freeze));
+        row(&format!("{name}, total time"), "%", percent(total));
         row(&format!("{name}, rounds, difference"), "", rounds);
     }
 }

@@ -1,6 +1,6 @@
 //! What the engine tells its caller: options in, events on the way, a report or a failure at the end.
 
-use crate::blocker::Blocker;
+use crate::{blocker::Blocker, plan::Limits};
 use serde::{Deserialize, Serialize};
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -39,6 +39,17 @@ pub struct SendOptions {
     pub leave_running: bool,
     /// Preflight and prediction only.
     pub dry_run: bool,
+}
+
+impl SendOptions {
+    /// What the planner goes by.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            downtime: self.downtime_limit,
+            rounds: self.max_rounds,
+            time: self.max_time,
+        }
+    }
 }
 
 /// Where the receiver's standard streams for the tree come from.

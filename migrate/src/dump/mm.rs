@@ -149,7 +149,6 @@ impl Cache {
 
 /// Classifies the mappings of a process. While the process is `running` a mapping that has gone since `maps` was
 /// read is left out: a program that maps and unmaps all the time could never be looked at otherwise.
-#[allow(clippy::too_many_arguments)]
 pub fn vmas(
     pid: i32,
     place: &str,

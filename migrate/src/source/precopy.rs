@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     image::{Host, PAGE},
-    plan::{Decision, Limits, Planner, RoundFacts},
+    plan::{Decision, Planner, RoundFacts},
     report::{Event, Events, Failure, Round, SendOptions},
     tracer::Tracer,
     wire::WireError,
@@ -65,12 +65,7 @@ impl Job<'_> {
     }
 
     async fn precopy<L: Link>(&mut self, link: &mut L, tracked: &Shared, fixed: Duration) -> Result<(), Failure> {
-        let limits = Limits {
-            downtime: self.options.downtime_limit,
-            rounds: self.options.max_rounds,
-            time: self.options.max_time,
-        };
-        let mut planner = Planner::new(limits, self.options.mode, fixed);
+        let mut planner = Planner::new(self.options.limits(), self.options.mode, fixed);
         let start = Instant::now();
         let mut prepared = self.look(tracked).await?;
         loop {

@@ -3,11 +3,12 @@
 use super::{
     ms,
     rounds::{Prepared, Rounds},
+    transfer,
 };
 use crate::{
     dump::pages::{self, SpacePlan},
     image::{PAGE, Tree},
-    plan::{self, Activity, Limits, Outlook, forecast},
+    plan::{self, Activity, Outlook, forecast},
     report::{Downtime, Report, Round, SendOptions},
     tracer::Tracer,
     wire::{self, Message, WireError},
@@ -185,17 +186,11 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
             ..Sample::default()
         },
     };
-    let cores_shared = std::thread::available_parallelism().is_ok_and(|n| n.get() <= 2) && options.bandwidth.is_none();
     let (packed, speed) = seen.compression;
-    let ratio = if plan::compress_pays(packed, speed, rate, cores_shared) {
+    let ratio = if plan::compress_pays(packed, speed, rate, transfer::cores_shared(options.bandwidth)) {
         packed
     } else {
         1.0
-    };
-    let limits = Limits {
-        downtime: options.downtime_limit,
-        rounds: options.max_rounds,
-        time: options.max_time,
     };
     let outlook = Outlook {
         total: (seen.total as f64 * seen.content) as u64,
@@ -205,7 +200,7 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
         fixed: c.fixed() + rtt,
         overhead: seen.look + rtt,
     };
-    let f = forecast(limits, options.mode, &outlook);
+    let f = forecast(options.limits(), options.mode, &outlook);
     let rounds: Vec<Round> = f
         .sent
         .iter()

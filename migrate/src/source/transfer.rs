@@ -129,6 +129,11 @@ pub async fn last<L: Link>(
     Ok(round)
 }
 
+/// Whether compressing takes the cores that encrypt and send. Under a bandwidth limit these have time.
+pub fn cores_shared(bandwidth: Option<u64>) -> bool {
+    std::thread::available_parallelism().is_ok_and(|n| n.get() <= 2) && bandwidth.is_none()
+}
+
 /// Hashes the pages of a batch, each run of which has a chunk of data of its own.
 pub fn note(batch: &Batch, out: &mut Vec<(u32, u64, Hash)>) {
     let mut data = batch.data.iter();
@@ -193,8 +198,7 @@ async fn send_pages<L: Link>(
         if !sampled && batch.pages >= SAMPLES {
             sampled = true;
             let (ratio, rate) = sample_compression(&batch.data);
-            let cores_shared = std::thread::available_parallelism().is_ok_and(|n| n.get() <= 2) && terms.bandwidth.is_none();
-            if plan::compress_pays(ratio, rate, terms.rate, cores_shared) {
+            if plan::compress_pays(ratio, rate, terms.rate, cores_shared(terms.bandwidth)) {
                 stream.set_encoding(Encoding::Zstd);
             }
         }
