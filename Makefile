@@ -31,3 +31,4 @@ chaos: tools
 
 soak: tools
 	MIGRATE_SOAK=200 $(CARGO) test --test soak -- --test-threads=1 --nocapture
+	MIGRATE_SOAK=$${MIGRATE_SOAK:-20} $(CARGO) test --test vm -- --test-threads=1 --nocapture soft_dirty

@@ -8,6 +8,7 @@ use crate::{
     report::Failure,
     source,
     sys::{misc, pagemap::Pagemap, uffd},
+    track,
 };
 use serde::Serialize;
 use std::path::Path;
@@ -214,7 +215,7 @@ pub fn host() -> Result<HostReport, Failure> {
         "a program cannot come from a host that has been up for longer",
         "use a kernel with CONFIG_TIME_NS",
     ));
-    let soft_dirty = soft_dirty();
+    let soft_dirty = track::soft_dirty::available();
     items.push(CheckItem::new(
         "soft-dirty",
         soft_dirty,
@@ -276,22 +277,6 @@ pub fn host() -> Result<HostReport, Failure> {
         "reboot with kernel.yama.ptrace_scope below 3",
     ));
     Ok(HostReport { items })
-}
-
-/// Clears this process's soft-dirty bits and sees whether a write sets one.
-fn soft_dirty() -> bool {
-    use std::os::unix::fs::FileExt;
-    let mut page = vec![0u8; 8192];
-    let look = |page: &mut Vec<u8>| -> std::io::Result<bool> {
-        std::fs::write("/proc/self/clear_refs", "4")?;
-        let at = page.as_ptr() as u64 + 4096;
-        page[4096] = 1;
-        std::hint::black_box(&page);
-        let mut e = [0; 8];
-        std::fs::File::open("/proc/self/pagemap")?.read_exact_at(&mut e, at / 4096 * 8)?;
-        Ok(u64::from_le_bytes(e) >> 55 & 1 == 1)
-    };
-    look(&mut page).unwrap_or(false)
 }
 
 /// Looks at a tree, without stopping it.

@@ -146,3 +146,76 @@ fn between_kernels_pre_copied() {
     counter(&vms, "pre-copy");
     clock(&vms, "pre-copy");
 }
+
+/// Operations of `tests/precopy.rs` that the two trackers see in different ways, and those that they see alike.
+const TRAPS: [&str; 4] = ["dropped", "huge", "moved", "forks"];
+const MORE_TRAPS: [&str; 17] = [
+    "fork-advice",
+    "file",
+    "punched",
+    "written-by-descriptor",
+    "other-backing",
+    "execs",
+    "threads",
+    "new",
+    "swapped",
+    "left-behind",
+    "replaced",
+    "mapped-over",
+    "grown",
+    "brk",
+    "stack",
+    "protected",
+    "freed",
+];
+
+/// What `tests/precopy.rs` does with the other tracker: an operation over and over while the program is moved, there and back. All of them when
+/// a soak is asked for (`make soak`): a move takes ten seconds on emulated cpus.
+#[test]
+fn what_a_copy_in_rounds_could_miss_with_soft_dirty() {
+    let vms = two_machines!(OLD, NEW);
+    let how = ["--mode", "pre-copy", "--tracker", "soft-dirty", "--max-rounds", "3"];
+    let more: &[&str] = if soaked() { &MORE_TRAPS } else { &[] };
+    for kind in TRAPS.iter().chain(more) {
+        let guest = vms.a.guest("trap", &[("kind", kind), ("period-us", "20000"), ("ground-mib", "4")]);
+        assert!(guest.beats(), "{kind} stands still before it is moved");
+        let (mut vm, mut pid) = (&vms.a, guest.pid);
+        for _ in 0..2 {
+            let moved = vms.move_with(vm, pid, &how);
+            let rounds = moved.report["rounds"].as_array().map_or(0, Vec::len);
+            println!("{kind} from {}: {rounds} rounds in {} ms", vm.name(), moved.number("total_ms"));
+            assert!(rounds >= 2, "{}", moved.report);
+            (vm, pid) = (vms.other(vm), moved.pid);
+            assert!(guest.beats(), "{kind} stands still on {}", vm.name());
+            let mut differences = guest.differences();
+            differences.retain(|line| !of_the_kernel(line));
+            assert!(differences.is_empty(), "{kind}, on {}: {differences:#?}", vm.name());
+        }
+        guest.quit();
+    }
+}
+
+fn soaked() -> bool {
+    std::env::var_os("MIGRATE_SOAK").is_some()
+}
+
+/// The random workload, there and back, whatever else the kernels could track with. One emulated cpu carries an agent and the workload, which
+/// is paced so that both get on.
+#[test]
+fn a_random_workload_with_soft_dirty() {
+    if !soaked() {
+        migrate_harness::skip("a soak on emulated cpus runs with make soak only");
+        return;
+    }
+    let vms = two_machines!(OLD, NEW);
+    let how = ["--mode", "pre-copy", "--tracker", "soft-dirty", "--max-rounds", "2"];
+    let mut on = None;
+    let options = [("mib", "4"), ("regions", "20"), ("ops-per-second", "800")];
+    let start = |options: &[(&str, &str)]| vms.a.guest("soak", options);
+    migrate_harness::soak(&how, 2, &options, start, |guest| {
+        let (vm, pid) = on.unwrap_or((&vms.a, guest.pid));
+        let moved = vms.move_with(vm, pid, &how);
+        on = Some((vms.other(vm), moved.pid));
+        moved
+    });
+}

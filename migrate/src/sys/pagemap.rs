@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io,
     os::{fd::AsRawFd, unix::fs::FileExt},
+    sync::OnceLock,
 };
 
 const PAGE: u64 = crate::image::PAGE;
@@ -41,10 +42,15 @@ const FILE: u64 = 4;
 const PRESENT: u64 = 8;
 const SWAPPED: u64 = 16;
 const PFNZERO: u64 = 32;
+const HUGE: u64 = 64;
 const SOFT_DIRTY: u64 = 128;
 const GUARD: u64 = 256;
 const WP_MATCHING: u64 = 1;
 const CHECK_WPASYNC: u64 = 2;
+/// Bits of an entry of the pagemap file that are the page's frame; zeros without CAP_SYS_ADMIN.
+const FRAME: u64 = (1 << 55) - 1;
+/// A huge page of the page tables' second level (x86-64).
+const HUGE_PAGE: u64 = 2 << 20;
 /// Regions asked for in one call.
 const REGIONS: usize = 512;
 const FEW: usize = 16;
@@ -222,39 +228,79 @@ impl Pagemap {
         self.scan_into(arg, |r| out.push((r.start, r.end)))
     }
 
-    /// Populated pages of `start..end` with whether each is soft-dirty (Documentation/admin-guide/mm/soft-dirty.rst): by PAGEMAP_SCAN where it
-    /// knows the category, else from the pagemap file, bit 55.
+    /// Pages of `start..end` that hold content, with whether each is soft-dirty (Documentation/admin-guide/mm/soft-dirty.rst): by PAGEMAP_SCAN
+    /// where it knows the category, else from the pagemap file, bit 55. The shared zero pages are no content: a page that was dropped and then
+    /// only read is one of them, present and clean.
     pub fn soft_dirty(&self, start: u64, end: u64, out: &mut Vec<(Range, bool)>) -> io::Result<()> {
         let from = out.len();
-        let scan = |guard: u64, out: &mut Vec<(Range, bool)>| {
-            let arg = ScanArg {
-                start,
-                end,
-                category_anyof_mask: PRESENT | SWAPPED | guard,
-                return_mask: FILE | SOFT_DIRTY | guard,
-                ..Default::default()
-            };
-            self.scan_into(arg, |r| {
-                let range = Range {
-                    start: r.start,
-                    end: r.end,
-                    file: r.categories & FILE != 0,
-                    guard: r.categories & GUARD != 0,
-                };
-                out.push((range, r.categories & SOFT_DIRTY != 0));
-            })
-        };
         for guard in [GUARD, 0] {
-            match scan(guard, out) {
+            match self.scan_soft_dirty(start, end, guard, out) {
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => out.truncate(from),
                 r => return r,
             }
         }
-        self.entries(start, end, |at, e| {
-            if e >> 62 & 3 == 0 {
+        self.read_soft_dirty(start, end, out)
+    }
+
+    fn scan_soft_dirty(&self, start: u64, end: u64, guard: u64, out: &mut Vec<(Range, bool)>) -> io::Result<()> {
+        let arg = ScanArg {
+            start,
+            end,
+            category_anyof_mask: PRESENT | SWAPPED | guard,
+            return_mask: FILE | PFNZERO | HUGE | SOFT_DIRTY | guard,
+            ..Default::default()
+        };
+        let mut huge = Vec::new();
+        self.scan_into(arg, |r| {
+            let range = Range {
+                start: r.start,
+                end: r.end,
+                file: r.categories & FILE != 0,
+                guard: r.categories & GUARD != 0,
+            };
+            if !range.guard && r.categories & PFNZERO != 0 {
                 return;
             }
-            let (file, dirty) = (e >> 61 & 1 != 0, e >> 55 & 1 != 0);
+            // The huge zero page is not among the zero pages of kernels before 6.17, and is no anonymous page to any.
+            if r.categories & (HUGE | SOFT_DIRTY) == HUGE {
+                huge.push(range);
+            } else {
+                out.push((range, r.categories & SOFT_DIRTY != 0));
+            }
+        })?;
+        for r in huge {
+            let mut at = r.start;
+            while at < r.end {
+                let end = (at + 1).next_multiple_of(HUGE_PAGE).min(r.end);
+                if !self.is_zero_page(at)? {
+                    out.push((Range { start: at, end, ..r }, false));
+                }
+                at = end;
+            }
+        }
+        out.sort_unstable_by_key(|(r, _)| r.start);
+        Ok(())
+    }
+
+    fn read_soft_dirty(&self, start: u64, end: u64, out: &mut Vec<(Range, bool)>) -> io::Result<()> {
+        let zero = ZeroPage::get().ok_or(io::ErrorKind::PermissionDenied)?;
+        // Where a block that the huge zero page fills ends.
+        let mut skip = 0;
+        self.entries(start, end, |at, e| {
+            if e >> 62 & 3 == 0 || at < skip {
+                return;
+            }
+            let (present, file, dirty, frame) = (e >> 63 != 0, e >> 61 & 1 != 0, e >> 55 & 1 != 0, e & FRAME);
+            if present {
+                if frame == zero.frame {
+                    return;
+                }
+                let may_be_huge = at.is_multiple_of(HUGE_PAGE) && frame.is_multiple_of(HUGE_PAGE / PAGE);
+                if may_be_huge && !dirty && zero.is_one(frame) {
+                    skip = at + HUGE_PAGE;
+                    return;
+                }
+            }
             match out.last_mut() {
                 Some((l, d)) if l.end == at && l.file == file && *d == dirty && l.start >= start => l.end += PAGE,
                 _ => {
@@ -268,6 +314,14 @@ impl Pagemap {
                 }
             }
         })
+    }
+
+    /// Whether one of the kernel's zero pages is mapped there.
+    fn is_zero_page(&self, at: u64) -> io::Result<bool> {
+        let zero = ZeroPage::get().ok_or(io::ErrorKind::PermissionDenied)?;
+        let mut is = false;
+        self.entries(at, at + PAGE, |_, e| is = e >> 63 != 0 && zero.is_one(e & FRAME))?;
+        Ok(is)
     }
 
     fn entries(&self, start: u64, end: u64, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
@@ -324,6 +378,79 @@ impl Pagemap {
     }
 }
 
+/// How the kernel's shared zero pages are told from others: by the frame of the small one, by a flag of the frame (the huge one comes and goes).
+#[derive(Debug)]
+pub struct ZeroPage {
+    frame: u64,
+    /// /proc/kpageflags: 8 bytes a frame (Documentation/admin-guide/mm/pagemap.rst).
+    flags: File,
+}
+
+impl ZeroPage {
+    /// `None` where frames are hidden from this process (it takes CAP_SYS_ADMIN).
+    pub fn get() -> Option<&'static ZeroPage> {
+        static ZERO: OnceLock<Option<ZeroPage>> = OnceLock::new();
+        ZERO.get_or_init(|| ZeroPage::find().ok().flatten()).as_ref()
+    }
+
+    fn find() -> io::Result<Option<ZeroPage>> {
+        // Read, never written: one of the zero pages stands behind it.
+        let unwritten = Untouched::map(PAGE as usize)?;
+        unwritten.read(0);
+        let mut entry = 0;
+        let own = Pagemap::open(std::process::id() as i32)?;
+        own.entries(unwritten.start(), unwritten.start() + PAGE, |_, e| entry = e)?;
+        let zero = ZeroPage {
+            frame: entry & FRAME,
+            flags: File::open("/proc/kpageflags")?,
+        };
+        Ok((zero.frame != 0 && zero.is_one(zero.frame)).then_some(zero))
+    }
+
+    /// Whether a frame is a zero page's. One that cannot be looked up is none: its page counts as content.
+    fn is_one(&self, frame: u64) -> bool {
+        const ZERO_PAGE: u64 = 1 << 24;
+        let mut flags = [0; 8];
+        let read = self.flags.read_exact_at(&mut flags, frame * 8);
+        read.is_ok() && u64::from_le_bytes(flags) & ZERO_PAGE != 0
+    }
+}
+
+/// Anonymous memory that nobody has written.
+struct Untouched {
+    at: *mut libc::c_void,
+    len: usize,
+}
+
+impl Untouched {
+    fn map(len: usize) -> io::Result<Untouched> {
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping; the result is checked.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Untouched { at, len })
+    }
+
+    fn start(&self) -> u64 {
+        self.at as u64
+    }
+
+    fn read(&self, offset: usize) -> u8 {
+        assert!(offset < self.len);
+        // SAFETY: inside the mapping, which lives as long as `self`.
+        unsafe { self.at.cast::<u8>().add(offset).read_volatile() }
+    }
+}
+
+impl Drop for Untouched {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, of which no reference is left.
+        unsafe { libc::munmap(self.at, self.len) };
+    }
+}
+
 fn known_guard(e: &io::Error) -> bool {
     e.raw_os_error() == Some(libc::EINVAL)
 }
@@ -355,5 +482,47 @@ mod tests {
         assert!(pages(&b).iter().all(|p| pages(&a).contains(p)));
         assert!(pages(&b).len() >= 20);
         std::hint::black_box(&mut block);
+    }
+
+    fn pages(found: &[(Range, bool)]) -> Vec<u64> {
+        found.iter().flat_map(|(r, _)| (r.start..r.end).step_by(PAGE as usize)).collect()
+    }
+
+    /// A page that was dropped and read again is present, and clean to the soft-dirty bits: only its frame tells that its content is gone.
+    #[test]
+    fn a_zero_page_is_no_content() {
+        if ZeroPage::get().is_none() {
+            eprintln!("SKIP a_zero_page_is_no_content: frames are hidden (CAP_SYS_ADMIN)");
+            return;
+        }
+        let memory = Untouched::map(16 << 20).unwrap();
+        let start = memory.start().next_multiple_of(HUGE_PAGE);
+        let at = |page: u64| (start - memory.start() + page * PAGE) as usize;
+        // SAFETY: our own mapping.
+        unsafe { libc::madvise(start as *mut _, HUGE_PAGE as usize, libc::MADV_NOHUGEPAGE) };
+        // Huge pages, where the kernel gives them: one only read, one written.
+        // SAFETY: as above.
+        unsafe { libc::madvise((start + HUGE_PAGE) as *mut _, 2 * HUGE_PAGE as usize, libc::MADV_HUGEPAGE) };
+        (0..8).for_each(|p| _ = memory.read(at(p)));
+        memory.read(at(512 + 7));
+        let written = [3, 5, 1024 + 9].map(|p| {
+            // SAFETY: inside the mapping, which nothing else looks at.
+            unsafe { memory.at.cast::<u8>().add(at(p)).write_volatile(1) };
+            start + p * PAGE
+        });
+        let own = Pagemap::open(std::process::id() as i32).unwrap();
+        let (mut read, mut scanned) = (Vec::new(), Vec::new());
+        own.read_soft_dirty(start, start + 3 * HUGE_PAGE, &mut read).unwrap();
+        let read = pages(&read);
+        for page in written {
+            assert!(read.contains(&page), "{page:x} was written");
+        }
+        let others = read.iter().filter(|p| **p < start + 2 * HUGE_PAGE && !written.contains(p));
+        assert_eq!(others.count(), 0, "nothing else in the first two blocks was");
+        // Kernels without soft-dirty bits do not know the category.
+        match own.scan_soft_dirty(start, start + 3 * HUGE_PAGE, 0, &mut scanned) {
+            Ok(()) => assert_eq!(pages(&scanned), read),
+            Err(e) => assert!(matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)), "{e}"),
+        }
     }
 }

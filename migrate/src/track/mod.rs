@@ -9,7 +9,7 @@
 //! | stops the process | to make the descriptor, and when mappings are new | at every round, to read and clear at one moment |
 //! | cost of a clean GiB | 0.3 to 0.6 ms | 3 to 10 ms |
 //! | a new mapping shows as | not registered (EPERM) | all of it dirty |
-//! | dropped anonymous pages show as | not armed | absent |
+//! | dropped anonymous pages show as | not armed | absent; once read, as a shared zero page |
 //!
 //! Neither sees writes through another address space, by write(2) on a descriptor, or holes punched into shared memory. Those objects are
 //! compared by content instead: [`crate::source::objects`].
@@ -102,7 +102,7 @@ pub fn choose(wanted: Kind) -> Result<Kind, String> {
         Kind::WpAsync if wp() => Ok(Kind::WpAsync),
         Kind::WpAsync => Err("this kernel has no userfaultfd with WP_ASYNC and PAGEMAP_SCAN (Linux 6.7)".into()),
         Kind::SoftDirty if soft() => Ok(Kind::SoftDirty),
-        Kind::SoftDirty => Err("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)".into()),
+        Kind::SoftDirty => Err("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY), or they take root".into()),
         Kind::Auto if wp() => Ok(Kind::WpAsync),
         Kind::Auto if soft() => Ok(Kind::SoftDirty),
         Kind::Auto => Err("this kernel has neither userfaultfd WP_ASYNC nor soft-dirty bits".into()),

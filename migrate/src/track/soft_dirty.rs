@@ -84,6 +84,10 @@ pub fn available() -> bool {
 }
 
 fn probe() -> bool {
+    // Without it a page that was dropped and read again would look unchanged.
+    if pagemap::ZeroPage::get().is_none() {
+        return false;
+    }
     let pid = std::process::id() as i32;
     let mut page = vec![1u8; 3 * 4096];
     let at = (page.as_ptr() as u64).next_multiple_of(4096);

@@ -1,4 +1,4 @@
-//! One operation that a copy in rounds could miss, over and over: `trap --kind NAME [--period-us N]`.
+//! One operation that a copy in rounds could miss, over and over: `trap --kind NAME [--period-us N] [--ground-mib N]`.
 //!
 //! Each kind does its operation once a period, on memory of which it knows what every page must hold, while some other memory is written so that
 //! there is something to send in every round.
@@ -164,8 +164,8 @@ pub fn trap(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     crate::soak::ops::make_file(&kit.dir().join("file"))?;
     // So that the C library needs no mappings meanwhile.
     drop(std::hint::black_box(Vec::<u8>::with_capacity(8 << 20)));
-    // Four rounds or so: of these 64 MiB a few pages are written in every period.
-    let ground = Area::read_write(64 << 20)?;
+    // Four rounds or so: of this memory a few pages are written in every period.
+    let ground = Area::read_write((options.number("ground-mib", 64) as usize) << 20)?;
     ground.fill(1);
     let mut numbers = Numbers::new(3);
     for line in ["mapping ", "task ", "process status Threads"] {

@@ -17,6 +17,7 @@ mod host;
 mod hosts;
 mod initramfs;
 pub mod programs;
+mod soak;
 mod tools;
 pub mod vm;
 mod wait;
@@ -26,6 +27,7 @@ pub use client::{Answer, HttpClient, Redis};
 pub use guest::Guest;
 pub use host::{Command, Ended, Host, Proc, Process, Stdio};
 pub use hosts::Hosts;
+pub use soak::soak;
 pub use tools::{guest_binary, migrate_binary, patience, python, skip, tool};
 pub use wait::{eventually, within};
 

@@ -314,6 +314,8 @@ impl Vm {
                 ("HOME", "/root"),
                 ("LANG", "C.UTF-8"),
                 ("RUST_BACKTRACE", "1"),
+                // The memory oracle, in every migration.
+                ("MIGRATE_VERIFY", "1"),
             ]
             .map(|(k, v)| (k.to_string(), v.to_string()))
             .to_vec(),

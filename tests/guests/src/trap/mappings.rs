@@ -322,6 +322,12 @@ fn huge() -> io::Result<Trap> {
                     // One write makes all 512 present.
                     patch.write(first + 5);
                 }
+                // And read only: the huge zero page.
+                5 => {
+                    patch.advise(first, HUGE, libc::MADV_DONTNEED)?;
+                    patch.pages[first..first + HUGE].fill(Page::Zero);
+                    patch.check(kit, "a huge page that was dropped", first + 9);
+                }
                 7 => {
                     let _ = patch.advise(first, HUGE, 25);
                 }
