@@ -2,7 +2,7 @@
 //! scale.
 //!
 //! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `precopy`, `predict`, `growth`, `cost`, `redis`, `throughput`, `memory`, `scale`; all
-//! of them without any. Rows are
+//! of them without any. `MIB@RATE` is a part as well: pre-copy of so much memory, written at so many megabytes a second. Rows are
 //! printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle
 //! counts.
 
@@ -29,6 +29,9 @@ fn main() {
     }
     if wanted("precopy") {
         precopy();
+    }
+    for (mib, rate) in asked.iter().filter_map(|a| a.split_once('@')) {
+        workload(mib, rate, runs());
     }
     if wanted("predict") {
         predict();

@@ -16,7 +16,7 @@ use crate::{
         rebuild::{Names, Pids, Rebuild},
         sink::Sink,
     },
-    sys::misc,
+    sys::{misc, priority::Background},
     tracer::Tracer,
     wire::{self, Accept, Applied, Message, RoundStart, Running, State, WireError},
 };
@@ -345,6 +345,7 @@ async fn rounds_and_state<L: Link>(
 ) -> Result<Instant, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let mut shown = None;
+    let mut background = Background::new();
     loop {
         let message = match tokio::time::timeout(PATIENCE, wire::recv(link)).await {
             Ok(m) => m.map_err(|e| text(&e))?,
@@ -352,7 +353,10 @@ async fn rounds_and_state<L: Link>(
         };
         let start = match message {
             Message::Round(r) => *r,
-            Message::State(state) => return last(link, site, rounds, *state, stdio, events).await,
+            Message::State(state) => {
+                background.raise();
+                return last(link, site, rounds, *state, stdio, events).await;
+            }
             other => return Err(format!("the source sent {} instead of a round or the state", other.name())),
         };
         if shown.is_none() {
@@ -366,6 +370,7 @@ async fn rounds_and_state<L: Link>(
             drops,
             bytes,
         } = start;
+        background.round(bytes);
         let tree = match (tree, &mut shown) {
             (Some(t), _) => {
                 shown = Some(t.clone());

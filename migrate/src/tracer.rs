@@ -471,11 +471,19 @@ pub struct Tracer {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
+/// Name of a tracer's thread.
+const THREAD: &str = "tracer";
+
+/// Whether a thread of this process is a tracer's.
+pub fn is_tracer(tid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/self/task/{tid}/comm")).is_ok_and(|name| name.trim_end() == THREAD)
+}
+
 impl Tracer {
     /// Starts it. Its jobs keep what they own in thread-local state of their own making.
     pub fn start() -> io::Result<Tracer> {
         let (tx, rx) = std::sync::mpsc::channel::<Job>();
-        let thread = std::thread::Builder::new().name("tracer".into()).spawn(move || {
+        let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
             // Children that are cloned from this thread start with every signal blocked.
             misc::block_all_signals();
             for job in rx {

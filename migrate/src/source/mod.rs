@@ -17,7 +17,7 @@ use crate::{
     oracle,
     procfs::{stat, status},
     report::{Class, Downtime, Event, Events, Failure, Mode, Report, SendOptions},
-    sys::misc,
+    sys::{misc, priority::Background},
     tracer::Tracer,
     track,
     wire::{self, Handover, Inventory, Message, WireError},
@@ -258,6 +258,7 @@ pub async fn send<C: Connector>(
         cancel: &cancel,
         rounds: Vec::new(),
         rate: 0.0,
+        background: Background::new(),
     };
     let tracked = match kind {
         Some(kind) => {

@@ -10,6 +10,7 @@ use crate::{
     image::{Host, PAGE},
     plan::{Decision, Planner, RoundFacts},
     report::{Event, Events, Failure, Round, SendOptions},
+    sys::priority::Background,
     tracer::Tracer,
     wire::WireError,
 };
@@ -29,6 +30,8 @@ pub struct Job<'a> {
     pub rounds: Vec<Round>,
     /// Bytes a second that the destination has acknowledged; 0 before the first round.
     pub rate: f64,
+    /// Keeps long rounds out of the program's way.
+    pub background: Background,
 }
 
 impl Job<'_> {
@@ -49,6 +52,7 @@ impl Job<'_> {
             (self.events)(Event::Phase { phase: "pre-copy" });
             self.precopy(link, t, fixed).await?;
         }
+        self.background.raise();
         (self.events)(Event::Phase { phase: "freeze" });
         let mut retry = Retry::new(self.pid);
         loop {
@@ -144,6 +148,7 @@ impl Job<'_> {
     async fn round<L: Link>(&mut self, link: &mut L, tracked: &Shared, p: Prepared) -> Result<(Round, u64), Failure> {
         let number = self.rounds.len() as u32 + 1;
         let stopped = p.stopped;
+        self.background.round(p.plans.iter().map(|(plan, _)| plan.bytes()).sum());
         let sent = tokio::select! {
             r = transfer::round(link, number, p, self.terms(), self.events) => r,
             () = self.cancel.cancelled() => return Err(interrupted(self.pid)),

@@ -44,6 +44,12 @@ impl SchedAttr {
     }
 }
 
+/// sched_setattr(2).
+pub fn set_sched(tid: i32, attr: SchedAttr) -> io::Result<()> {
+    // SAFETY: the kernel reads as many bytes of `attr` as its size says.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, tid, &raw const attr, 0) }).map(drop)
+}
+
 /// Scheduling of a task: sched_getattr(2), ioprio_get(2), sched_getaffinity(2).
 pub fn sched(tid: i32, all_cpus: &[u64]) -> io::Result<Sched> {
     let mut a = SchedAttr::default();

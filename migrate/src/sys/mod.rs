@@ -4,6 +4,7 @@ pub mod fdcalls;
 pub mod mem;
 pub mod misc;
 pub mod pagemap;
+pub mod priority;
 pub mod ptrace;
 pub mod region;
 pub mod uffd;

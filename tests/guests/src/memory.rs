@@ -90,13 +90,85 @@ impl Area {
     }
 }
 
-/// `--mib N` of random pages, checked one at a time as it beats; `--dirty N` rewrites that many pages between beats.
+/// Every page once in an order that looks random, again and again, and which write of which page was the last: known without any memory,
+/// so that the guest dirties the pages that it writes and no other.
+#[derive(Debug)]
+struct Walk {
+    pages: u64,
+    bits: u32,
+    /// Writes so far.
+    writes: u64,
+}
+
+impl Walk {
+    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+
+    fn new(pages: usize) -> Walk {
+        let pages = pages as u64;
+        Walk {
+            pages,
+            bits: pages.next_power_of_two().trailing_zeros().max(2),
+            writes: 0,
+        }
+    }
+
+    /// x ^= x >> half is its own inverse when half is at least half of the bits.
+    fn fold(&self, x: u64) -> u64 {
+        x ^ (x >> self.bits.div_ceil(2))
+    }
+
+    fn times(&self, x: u64, factor: u64) -> u64 {
+        x.wrapping_mul(factor) & ((1 << self.bits) - 1)
+    }
+
+    /// The page that the `i`-th write of a pass goes to.
+    fn page(&self, i: u64) -> u64 {
+        let mut x = i;
+        loop {
+            x = self.fold(self.times(self.fold(x), Walk::FACTOR));
+            // Outside of the pages: on along the cycle, which comes back inside.
+            if x < self.pages {
+                return x;
+            }
+        }
+    }
+
+    /// Which write of a pass goes to the page: the inverse of [`Walk::page`].
+    fn turn(&self, page: u64) -> u64 {
+        // Newton's iteration doubles the bits that are right, of which an odd number starts with three.
+        let inverse = (0..6).fold(Walk::FACTOR, |y, _| {
+            y.wrapping_mul(2_u64.wrapping_sub(Walk::FACTOR.wrapping_mul(y)))
+        });
+        let mut x = page;
+        loop {
+            x = self.fold(self.times(self.fold(x), inverse));
+            if x < self.pages {
+                return x;
+            }
+        }
+    }
+
+    /// How often the page was written.
+    fn written(&self, page: usize) -> u64 {
+        let (passes, done) = (self.writes / self.pages, self.writes % self.pages);
+        passes + u64::from(self.turn(page as u64) < done)
+    }
+
+    /// The page to write next, and its seed.
+    fn next(&mut self) -> (usize, u64) {
+        let page = self.page(self.writes % self.pages) as usize;
+        self.writes += 1;
+        (page, 1 + self.written(page))
+    }
+}
+
+/// `--mib N` of random pages, checked one at a time as it beats; `--dirty N` rewrites that many pages between beats, `--rate N` so many megabytes a
+/// second, at random addresses.
 pub fn ballast(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     let pages = options.number("mib", 64) as usize * MIB / PAGE;
     let dirty = options.number("dirty", 0) as usize;
     let area = Area::read_write(pages * PAGE)?;
     let zero = options.number("zero", 0) != 0;
-    let mut seeds = vec![1_u64; pages];
     for page in 0..pages {
         if zero {
             area.set(page * (PAGE / 8), 0);
@@ -104,18 +176,23 @@ pub fn ballast(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
             area.fill_page(page, 1);
         }
     }
+    let walk = std::cell::RefCell::new(Walk::new(pages));
+    kit.check(
+        (0..pages as u64)
+            .step_by(97)
+            .all(|p| walk.borrow().page(walk.borrow().turn(p)) == p),
+        "the order of writes has no inverse",
+    );
     kit.ready()?;
     let holds = |page: usize, seed: u64| if zero { area.page_is_zero(page) } else { area.page_is(page, seed) };
-    // Paced by the clock: megabytes a second, at random addresses. What a pause has kept it from is not made up for.
+    // Paced by the clock. What a pause has kept it from is not made up for.
     let rate = options.number("rate", 0) as f64 * 1e6 / PAGE as f64;
     let (mut due, mut last) = (0.0, std::time::Instant::now());
     let mut turn = Numbers::new(7);
-    // Both closures look at the seeds.
-    let seeds = std::cell::RefCell::new(&mut seeds);
     let code = kit.run(
         |kit| {
             let page = turn.draw() as usize % pages;
-            let seed = seeds.borrow()[page];
+            let seed = 1 + walk.borrow().written(page);
             kit.check(holds(page, seed), format!("ballast page {page} differs"));
             let mut now = dirty;
             if rate > 0.0 {
@@ -125,14 +202,12 @@ pub fn ballast(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
                 due -= (due as usize) as f64;
             }
             for _ in 0..now {
-                let page = turn.draw() as usize % pages;
-                let mut seeds = seeds.borrow_mut();
-                seeds[page] += 1;
-                area.fill_page(page, seeds[page]);
+                let (page, seed) = walk.borrow_mut().next();
+                area.fill_page(page, seed);
             }
         },
         |kit| {
-            let wrong = (0..pages).filter(|p| !holds(*p, seeds.borrow()[*p])).count();
+            let wrong = (0..pages).filter(|p| !holds(*p, 1 + walk.borrow().written(*p))).count();
             kit.equal("ballast pages that differ", wrong, 0);
         },
     );
