@@ -8,7 +8,7 @@
 //! | c | bytes on the wire for a byte of memory | wire / raw of the last rounds, newer ones count more |
 //! | B | acknowledged bytes a second on the wire | median of the last rounds, each by its weight (below) |
 //! | D | bytes of memory dirtied a second | dirtied / time, smoothed |
-//! | F | what every freeze costs: stop, state, restore, one round trip | rehearsed at the inventory, updated when known better |
+//! | F | what every freeze costs: stop, state, restore, one round trip | rehearsed in every round ([`crate::source`], `fixed.rs`) |
 //! | o | what every round costs beside its bytes: scan, acknowledgement | the least that was seen |
 //! | T | the downtime limit | the user |
 //!

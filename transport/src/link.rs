@@ -1,6 +1,6 @@
 //! What the engine sees of a connection: one ordered stream of opaque sections, and as many streams of pages as it likes.
 
-use std::{future::Future, net::SocketAddr};
+use std::{future::Future, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 
@@ -159,6 +159,9 @@ pub trait Link: Send + 'static {
 
     /// Bytes put on the wire so far, headers and retransmissions included.
     fn bytes_sent(&self) -> u64;
+
+    /// The round trip, as estimated now; it grows under load.
+    fn rtt(&self) -> Duration;
 
     /// Says goodbye with a reason that the peer will see, at once: what has not been delivered is lost. Waits briefly so that the goodbye
     /// leaves the host.

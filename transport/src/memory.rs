@@ -315,6 +315,10 @@ impl Link for MemoryLink {
         self.wire.0.sent[self.side].load(Ordering::Relaxed)
     }
 
+    fn rtt(&self) -> Duration {
+        self.wire.lock().config.delay * 2
+    }
+
     async fn close(&mut self, reason: &str) {
         self.wire.close(self.side, reason, true);
     }

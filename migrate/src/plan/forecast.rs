@@ -22,36 +22,33 @@ impl Activity {
         self.working_set * -(-self.rate * seconds / self.working_set).exp_m1()
     }
 
-    /// From two counts of one sample: bytes dirty after `half` and after twice that, without cleaning in between; of a program with `total` bytes.
+    /// From the bytes dirtied in two windows of time, a short one and a long one, each clean at its start; of a program with `total` bytes.
     ///
-    /// With `x = D half / W_max` the counts are in the proportion `1 + exp(-x)`, which gives x, then W_max, then D. Counts that grow as if the working
-    /// set had no end are taken for one of `total` bytes, and so are all that would give a larger one.
-    pub fn from_sample(half: Duration, first: u64, both: u64, total: u64) -> Activity {
-        let (t, first, both, total) = (half.as_secs_f64(), first as f64, both as f64, total as f64);
-        if t <= 0.0 || both <= 0.0 {
+    /// In the short one hardly a page is hit twice, so it gives D; the long one then gives W_max. Tried before: both from one window and its half, which
+    /// takes a program that goes through its memory in order, without hitting a page twice, for one that writes twice as fast.
+    pub fn from_samples(short: (Duration, u64), long: (Duration, u64), total: u64) -> Activity {
+        let speed = |w: (Duration, u64)| w.1 as f64 / w.0.as_secs_f64().max(1e-9);
+        let (time, dirtied, total) = (long.0.as_secs_f64(), long.1 as f64, total.max(short.1).max(long.1) as f64);
+        // Writes come in bursts: the short window may have missed them.
+        let rate = speed(short).max(speed(long));
+        if !usable(rate) || time <= 0.0 {
             return Activity::default();
         }
-        if first <= 0.0 {
-            return Activity {
-                rate: both / (2.0 * t),
-                working_set: total.max(both),
-            };
+        let with = |working_set| Activity { rate, working_set };
+        if dirtied >= with(total).dirtied(time) {
+            return with(total);
         }
-        let growth = (both / first - 1.0).max(1e-6);
-        let x = -growth.ln();
-        let working_set = if x > 0.0 { first / -(-x).exp_m1() } else { f64::INFINITY };
-        if working_set < total {
-            return Activity {
-                rate: x * working_set / t,
-                working_set,
-            };
+        // W_max grows with what it gives: halved until it fits.
+        let (mut least, mut most) = (dirtied.max(short.1 as f64), total);
+        for _ in 0..60 {
+            let middle = (least + most) / 2.0;
+            if with(middle).dirtied(time) < dirtied {
+                least = middle;
+            } else {
+                most = middle;
+            }
         }
-        // Solved for D with W_max given.
-        let total = total.max(both * 1.001);
-        Activity {
-            rate: -(-both / total).ln_1p() * total / (2.0 * t),
-            working_set: total,
-        }
+        with(most)
     }
 }
 

@@ -420,19 +420,24 @@ fn activity_from_a_sample() {
         rate: 80e6,
         working_set: 30e6,
     };
-    let half = ms(200.0);
+    let (short, long) = (ms(10.0), ms(400.0));
     let count = |s: f64| known.dirtied(s) as u64;
-    let fit = Activity::from_sample(half, count(0.2), count(0.4), GIB);
-    assert!((fit.rate / known.rate - 1.0).abs() < 0.01, "{fit:?}");
-    assert!((fit.working_set / known.working_set - 1.0).abs() < 0.01, "{fit:?}");
+    let fit = Activity::from_samples((short, count(0.01)), (long, count(0.4)), GIB);
+    assert!((fit.rate / known.rate - 1.0).abs() < 0.02, "{fit:?}");
+    assert!((fit.working_set / known.working_set - 1.0).abs() < 0.02, "{fit:?}");
     // Without an end in sight the whole program is the working set.
-    let fit = Activity::from_sample(half, 10_000_000, 20_000_000, GIB);
+    let fit = Activity::from_samples((short, 500_000), (long, 20_000_000), GIB);
     assert!(fit.working_set == GIB as f64 && (fit.rate / 50e6 - 1.0).abs() < 0.02, "{fit:?}");
-    // Nothing more came in the second half.
-    let fit = Activity::from_sample(half, 10_000_000, 10_000_000, GIB);
+    // In order through all of a small memory: what it writes in a tenth of a second is not overestimated by much.
+    let fit = Activity::from_samples((ms(60.0), 3_000_000), (ms(500.0), 16_000_000), 16_000_000);
+    assert!((fit.dirtied(0.1) / 5e6 - 1.0).abs() < 0.2, "{fit:?}");
+    // Nothing more came in the long window.
+    let fit = Activity::from_samples((short, 10_000_000), (long, 10_000_000), GIB);
     assert!((fit.dirtied(1.0) / 10e6 - 1.0).abs() < 0.01, "{fit:?}");
-    assert_eq!(Activity::from_sample(half, 0, 0, GIB).dirtied(1.0), 0.0);
-    assert!(Activity::from_sample(half, 0, 4096, GIB).dirtied(1.0) > 0.0);
+    // A burst that the short window has missed.
+    let fit = Activity::from_samples((short, 0), (long, 4_000_000), GIB);
+    assert!((fit.rate / 10e6 - 1.0).abs() < 0.01, "{fit:?}");
+    assert_eq!(Activity::from_samples((short, 0), (long, 0), GIB).dirtied(1.0), 0.0);
 }
 
 #[test]
@@ -562,8 +567,8 @@ proptest! {
     }
 
     #[test]
-    fn samples_give_usable_activities(half in time(1.0), first in bytes(), more in bytes(), total in bytes()) {
-        let a = Activity::from_sample(half, first, first.saturating_add(more), total);
+    fn samples_give_usable_activities(short in time(1.0), long in time(1.0), first in bytes(), second in bytes(), total in bytes()) {
+        let a = Activity::from_samples((short, first), (long, second), total);
         prop_assert!(a.rate >= 0.0 && a.rate.is_finite() && a.working_set >= 0.0 && a.working_set.is_finite(), "{:?}", a);
         prop_assert!(a.dirtied(1.0) >= 0.0);
     }

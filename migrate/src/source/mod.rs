@@ -4,6 +4,7 @@
 //! own death (ptrace lets go, the injected stub returns by itself). After it only the destination's answer counts; without one the tree
 //! stays stopped by SIGSTOP and the journal says so.
 
+mod fixed;
 pub mod freeze;
 pub mod objects;
 mod precopy;
@@ -22,6 +23,7 @@ use crate::{
     track,
     wire::{self, Handover, Inventory, Message, WireError},
 };
+use fixed::Fixed;
 use freeze::{kill, thaw};
 use migrate_transport::Link;
 use precopy::Job;
@@ -259,6 +261,7 @@ pub async fn send<C: Connector>(
         rounds: Vec::new(),
         rate: 0.0,
         background: Background::new(),
+        fixed: Fixed::new(&counts, link.rtt()),
     };
     let tracked = match kind {
         Some(kind) => {
@@ -269,7 +272,7 @@ pub async fn send<C: Connector>(
     };
     drop(inv);
     let mut journal = None;
-    let result = match job.until_frozen(&mut link, tracked.as_ref(), counts.fixed()).await {
+    let result = match job.until_frozen(&mut link, tracked.as_ref()).await {
         Ok(mut snap) => {
             let t_transfer = Instant::now();
             // Written while the pages are on their way. It says nothing untrue yet: whoever asks because of it hears that the copy was never resumed.

@@ -1,6 +1,7 @@
 //! The rounds of pre-copy, up to the frozen tree.
 
 use super::{
+    fixed::Fixed,
     freeze::{Retry, Shared, Snapshot, freeze_now},
     interrupted,
     rounds::{Prepared, Rounds},
@@ -32,6 +33,8 @@ pub struct Job<'a> {
     pub rate: f64,
     /// Keeps long rounds out of the program's way.
     pub background: Background,
+    /// What a freeze costs beside what it has to send.
+    pub fixed: Fixed,
 }
 
 impl Job<'_> {
@@ -47,10 +50,10 @@ impl Job<'_> {
     }
 
     /// Pre-copies, with `tracked`, until the planner says to freeze; then freezes.
-    pub async fn until_frozen<L: Link>(&mut self, link: &mut L, tracked: Option<&Shared>, fixed: Duration) -> Result<Snapshot, Failure> {
+    pub async fn until_frozen<L: Link>(&mut self, link: &mut L, tracked: Option<&Shared>) -> Result<Snapshot, Failure> {
         if let Some(t) = tracked {
             (self.events)(Event::Phase { phase: "pre-copy" });
-            self.precopy(link, t, fixed).await?;
+            self.precopy(link, t).await?;
         }
         self.background.raise();
         (self.events)(Event::Phase { phase: "freeze" });
@@ -68,14 +71,15 @@ impl Job<'_> {
         }
     }
 
-    async fn precopy<L: Link>(&mut self, link: &mut L, tracked: &Shared, fixed: Duration) -> Result<(), Failure> {
-        let mut planner = Planner::new(self.options.limits(), self.options.mode, fixed);
+    async fn precopy<L: Link>(&mut self, link: &mut L, tracked: &Shared) -> Result<(), Failure> {
+        let mut planner = Planner::new(self.options.limits(), self.options.mode, self.fixed.now());
         let start = Instant::now();
         let mut prepared = self.look(tracked).await?;
         loop {
             let began = Instant::now();
             let (round, raw) = self.round(link, tracked, prepared).await?;
             prepared = self.look(tracked).await?;
+            self.fixed.look(&prepared);
             let took = began.elapsed();
             let decision = planner.round(RoundFacts {
                 dirty: prepared.dirty,
@@ -85,7 +89,7 @@ impl Job<'_> {
                 took,
                 rate: None,
                 dirtied: prepared.dirtied,
-                fixed: None,
+                fixed: Some(self.fixed.now()),
                 elapsed: start.elapsed(),
             });
             self.rate = planner.rate();
@@ -155,6 +159,7 @@ impl Job<'_> {
         };
         let (mut round, applied, fate) =
             sent.map_err(|e: WireError| Failure::failed("pre-copy", self.pid, format!("{e}; the program runs on here")))?;
+        self.fixed.shape(Duration::from_secs_f64(applied.shape_ms.clamp(0.0, 1e6) / 1000.0));
         round.stopped_ms = stopped.as_secs_f64() * 1000.0;
         let mut t = self.tracks(tracked)?;
         t.sent(&fate.objects);

@@ -1,6 +1,7 @@
 //! What a migration would cost, without doing it.
 
 use super::{
+    fixed::Fixed,
     ms,
     rounds::{Prepared, Rounds},
     transfer,
@@ -48,15 +49,24 @@ impl Counts {
 }
 
 impl Counts {
-    /// Stop, collect and rebuild, without pages: milliseconds for the first process, then by the piece (measured, docs/benchmarks.md).
-    pub fn fixed(&self) -> Duration {
-        let ms = 4.0 + 0.4 * f64::from(self.processes.saturating_sub(1)) + 0.06 * f64::from(self.threads);
-        Duration::from_secs_f64(ms / 1000.0)
+    /// Processes of the tree.
+    pub fn processes(&self) -> u32 {
+        self.processes
+    }
+    /// Threads of the tree.
+    pub fn threads(&self) -> u32 {
+        self.threads
     }
 }
 
-/// How long the program's writes are watched: so long, and then twice as long.
-const SAMPLE: Duration = Duration::from_millis(250);
+/// How long the program's writes are watched: first for an instant in which it hardly writes a page twice, then for long enough to see how many pages
+/// it writes.
+const INSTANT: Duration = Duration::from_millis(60);
+const SAMPLE: Duration = Duration::from_millis(500);
+/// Bytes of a probe of the link, how many are sent, and how many of them are under way at a time.
+const PROBE: usize = 4 << 20;
+const PROBES: usize = 12;
+const AHEAD: usize = 3;
 /// Bytes that are read to see how well they compress, and how many are zeros.
 const LOOKED_AT: u64 = 2 << 20;
 
@@ -74,26 +84,38 @@ pub struct Basis<'a> {
 
 /// What the link carries: bytes a second, and the round trip.
 async fn probe<L: Link>(link: &mut L) -> Result<(f64, Duration), WireError> {
-    let mut probe = vec![0u8; 8 << 20];
-    let _ = File::open("/dev/urandom").and_then(|mut f| io::Read::read_exact(&mut f, &mut probe));
-    let mut best = f64::INFINITY;
+    // A small one for the round trip.
     let mut rtt = Duration::MAX;
-    for k in 0..4 {
-        let t = Instant::now();
-        // A small one for the round trip, then large ones for the rate.
-        let bytes = if k == 0 { vec![0] } else { probe.clone() };
-        wire::send(link, &Message::Probe(bytes)).await?;
-        match wire::recv(link).await? {
-            Message::Pending => {}
-            other => return Err(WireError::Protocol(format!("{} instead of an answer to a probe", other.name()))),
-        }
-        if k == 0 {
-            rtt = t.elapsed();
-        } else {
-            best = best.min(t.elapsed().saturating_sub(rtt).as_secs_f64() / probe.len() as f64);
-        }
+    for _ in 0..3 {
+        let began = Instant::now();
+        wire::send(link, &Message::Probe(vec![0])).await?;
+        answered(link).await?;
+        rtt = rtt.min(began.elapsed());
     }
-    Ok((1.0 / best.max(1e-12), rtt))
+    // Then large ones without a pause between them, timed from the first answer: by then the congestion window has grown.
+    let mut bytes = vec![0u8; PROBE];
+    let _ = File::open("/dev/urandom").and_then(|mut f| io::Read::read_exact(&mut f, &mut bytes));
+    let message = Message::Probe(bytes);
+    for _ in 0..AHEAD {
+        wire::send(link, &message).await?;
+    }
+    answered(link).await?;
+    let began = Instant::now();
+    for k in 1..PROBES {
+        if k + AHEAD <= PROBES {
+            wire::send(link, &message).await?;
+        }
+        answered(link).await?;
+    }
+    let rate = ((PROBES - 1) * PROBE) as f64 / began.elapsed().as_secs_f64().max(1e-9);
+    Ok((rate, rtt))
+}
+
+async fn answered<L: Link>(link: &mut L) -> Result<(), WireError> {
+    match wire::recv(link).await? {
+        Message::Pending => Ok(()),
+        other => Err(WireError::Protocol(format!("{} instead of an answer to a probe", other.name()))),
+    }
 }
 
 /// What a sample of the running tree tells.
@@ -106,29 +128,34 @@ struct Sample {
     compression: (f64, f64),
     /// Share of pages that are not zero.
     content: f64,
-    /// What a look takes.
-    look: Duration,
 }
 
+/// The sample, with what the looks say of a freeze.
+type Sampled = (Sample, Fixed);
+
 /// Watches the tree's writes. It is stopped for an instant when the tracker is attached; with soft-dirty at each look.
-fn sample(mut rounds: Rounds) -> io::Result<Sample> {
+fn sample(mut rounds: Rounds, mut fixed: Fixed) -> io::Result<Sampled> {
     let first = rounds.look()?;
+    fixed.look(&first);
     let total = first.dirty;
     let (compression, content) = look_into(&first)?;
     rounds.pretend_sent(&first)?;
-    std::thread::sleep(SAMPLE);
-    let half = rounds.look()?;
-    rounds.pretend_sent(&half)?;
-    std::thread::sleep(SAMPLE * 2);
-    let began = Instant::now();
-    let both = rounds.look()?;
-    Ok(Sample {
-        activity: Activity::from_sample(SAMPLE, half.dirtied, both.dirtied.max(half.dirtied), total),
+    let mut windows = [(Duration::ZERO, 0); 2];
+    for (window, time) in windows.iter_mut().zip([INSTANT, SAMPLE]) {
+        let began = Instant::now();
+        std::thread::sleep(time);
+        let p = rounds.look()?;
+        *window = (began.elapsed(), p.dirtied);
+        fixed.look(&p);
+        rounds.pretend_sent(&p)?;
+    }
+    let sample = Sample {
+        activity: Activity::from_samples(windows[0], windows[1], total),
         total,
         compression,
         content,
-        look: began.elapsed(),
-    })
+    };
+    Ok((sample, fixed))
 }
 
 /// Reads some of the first round's pages: how they compress, and the share that is not zero.
@@ -174,17 +201,26 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
     let Basis { counts: c, options, .. } = basis;
     let (measured, rtt) = probe(link).await?;
     let rate = options.bandwidth.map_or(measured, |b| measured.min(b as f64));
-    let seen = match basis.rounds {
+    let fixed = Fixed::new(c, rtt);
+    let (seen, fixed) = match basis.rounds {
         Some(rounds) => {
             let failed = |e: io::Error| WireError::Protocol(format!("nothing: cannot look at the tree: {e}"));
-            basis.tracer.call(move || sample(rounds)).await.map_err(failed)?.map_err(failed)?
+            basis
+                .tracer
+                .call(move || sample(rounds, fixed))
+                .await
+                .map_err(failed)?
+                .map_err(failed)?
         }
-        None => Sample {
-            total: c.bytes,
-            compression: (1.0, 0.0),
-            content: 1.0,
-            ..Sample::default()
-        },
+        None => {
+            let nothing = Sample {
+                total: c.bytes,
+                compression: (1.0, 0.0),
+                content: 1.0,
+                ..Sample::default()
+            };
+            (nothing, fixed)
+        }
     };
     let (packed, speed) = seen.compression;
     let ratio = if plan::compress_pays(packed, speed, rate, transfer::cores_shared(options.bandwidth)) {
@@ -197,8 +233,8 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
         activity: seen.activity,
         ratio,
         rate,
-        fixed: c.fixed() + rtt,
-        overhead: seen.look + rtt,
+        fixed: fixed.now(),
+        overhead: fixed.round() + rtt,
     };
     let f = forecast(options.limits(), options.mode, &outlook);
     let rounds: Vec<Round> = f

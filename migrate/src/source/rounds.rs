@@ -34,11 +34,13 @@ use std::{
     collections::{HashMap, HashSet},
     fs::File,
     io,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Rounds in a row in which a page was dirty that make it hot: it waits for the freeze.
 const HOT: usize = 3;
+/// What a scan of a GiB that arms nothing takes (measured: 0.6 to 0.9 ms).
+const CLEAN_SCAN: Duration = Duration::from_micros(800);
 /// How often a look at a running tree is tried, since processes end under it.
 const TRIES: u32 = 20;
 
@@ -107,6 +109,10 @@ pub struct Prepared {
     pub dirtied: u64,
     /// How long the tree was stopped for the look.
     pub stopped: Duration,
+    /// How long reading the tree took.
+    pub read: Duration,
+    /// How long the scan inside the freeze is going to take.
+    pub last_scan: Duration,
     /// Processes that cannot be tracked, with the reason.
     pub untracked: Vec<String>,
 }
@@ -243,16 +249,25 @@ impl Rounds {
             frozen = Some(Frozen::freeze(self.root, Duration::from_secs(5)).map_err(io::Error::other)?);
         }
         self.cache.stopped = stops;
+        let began = Instant::now();
         let d = self.outline();
         self.cache.stopped = false;
         let d = d?;
+        let read = began.elapsed();
         laps.lap("outline");
         let mut untracked = Vec::new();
         if !stops {
             untracked = self.attach(&d);
         }
         laps.lap("attach");
+        let scanning = Instant::now();
         let mut p = self.scan(&d)?;
+        p.read = read;
+        p.last_scan = match self.kind {
+            track::Kind::SoftDirty => scanning.elapsed(),
+            // Arming is most of a look's scan, and the last one does not arm.
+            _ => CLEAN_SCAN.mul_f64(self.tracks.spaces.values().map(|s| s.held.bytes()).sum::<u64>() as f64 / f64::from(1 << 30)),
+        };
         laps.lap("scan");
         p.stopped += frozen.as_ref().map_or(Duration::ZERO, |f| f.since.elapsed());
         drop(frozen);
@@ -353,6 +368,8 @@ impl Rounds {
             hot: 0,
             dirtied: 0,
             stopped: Duration::ZERO,
+            read: Duration::ZERO,
+            last_scan: Duration::ZERO,
             untracked: Vec::new(),
         };
         for ((p, pid), started) in d.tree.processes.iter().zip(&d.pids).zip(&d.started) {

@@ -153,11 +153,6 @@ impl QuicLink {
         }
     }
 
-    /// The connection's round-trip time, as estimated now.
-    pub fn rtt(&self) -> Duration {
-        self.shared.conn.rtt()
-    }
-
     /// The largest datagram found to fit through the path so far.
     pub fn datagram_size(&self) -> u16 {
         self.shared.conn.stats().path.current_mtu
@@ -243,6 +238,10 @@ impl Link for QuicLink {
 
     fn bytes_sent(&self) -> u64 {
         self.shared.conn.stats().udp_tx.bytes
+    }
+
+    fn rtt(&self) -> Duration {
+        self.shared.conn.rtt()
     }
 
     fn close(&mut self, reason: &str) -> impl Future<Output = ()> + Send {
