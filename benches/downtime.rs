@@ -150,9 +150,9 @@ fn freeze() {
     row("the same, as the agent says", "ms", guest_agent);
 }
 
-/// One migration of a program of `mib` MiB of random data that writes `rate` MB/s at random addresses: (its own longest gap, its longest gap
-/// in the same time before, the report).
-fn moved(mib: &str, rate: &str, more: &[&str]) -> (f64, f64, serde_json::Value) {
+/// One migration of a program of `mib` MiB of random data that writes `rate` MB/s at random addresses: (its own gap at the freeze, its longest in the
+/// whole migration, its longest in the same time before, the report).
+fn moved(mib: &str, rate: &str, more: &[&str]) -> (f64, f64, f64, serde_json::Value) {
     let hosts = hosts();
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", mib), ("rate", rate), ("rest-us", "50")]);
     guest.reset_gap();
@@ -163,7 +163,8 @@ fn moved(mib: &str, rate: &str, more: &[&str]) -> (f64, f64, serde_json::Value) 
     args.extend(more);
     let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &args);
     thread::sleep(Duration::from_millis(200));
-    (guest.gap().as_secs_f64() * 1e3, idle, moved.report)
+    let ms = |d: Duration| d.as_secs_f64() * 1e3;
+    (ms(guest.gap_at_move()), ms(guest.gap()), idle, moved.report)
 }
 
 fn number(report: &serde_json::Value, path: &str) -> f64 {
@@ -172,12 +173,14 @@ fn number(report: &serde_json::Value, path: &str) -> f64 {
 
 const PARTS: [&str; 6] = ["interrupt_ms", "collect_ms", "scan_ms", "transfer_ms", "restore_ms", "handover_ms"];
 
-/// Prints a row for a workload: the program's own longest gap, and beside it what the agent says.
+/// Prints rows for a workload, the first of them the program's own gap at the freeze; returns its median.
 fn workload(mib: &str, rate: &str, runs: usize) -> f64 {
-    let (mut gaps, mut idle, mut agent, mut rounds, mut total, mut sent) = (vec![], vec![], vec![], vec![], vec![], vec![]);
+    let (mut freezes, mut gaps, mut idle, mut agent, mut rounds, mut total, mut sent) =
+        (vec![], vec![], vec![], vec![], vec![], vec![], vec![]);
     let mut parts = vec![vec![]; PARTS.len()];
     for _ in 0..runs {
-        let (gap, before, report) = moved(mib, rate, &[]);
+        let (freeze, gap, before, report) = moved(mib, rate, &[]);
+        freezes.push(freeze);
         gaps.push(gap);
         idle.push(before);
         agent.push(number(&report, "/downtime_ms"));
@@ -189,7 +192,8 @@ fn workload(mib: &str, rate: &str, runs: usize) -> f64 {
         }
     }
     let name = format!("{mib} MiB, {rate} MB/s");
-    let gap = row(&format!("{name}: longest gap of the program"), "ms", gaps);
+    let freeze = row(&format!("{name}: gap of the program at the freeze"), "ms", freezes);
+    row(&format!("{name}: its longest gap in all"), "ms", gaps);
     row(&format!("{name}: the same without a migration"), "ms", idle);
     row(&format!("{name}: freeze as the agent says"), "ms", agent);
     for (part, what) in parts.into_iter().zip(PARTS) {
@@ -198,7 +202,7 @@ fn workload(mib: &str, rate: &str, runs: usize) -> f64 {
     row(&format!("{name}: rounds"), "", rounds);
     row(&format!("{name}: total"), "ms", total);
     row(&format!("{name}: sent"), "MB", sent);
-    gap
+    freeze
 }
 
 fn precopy() {

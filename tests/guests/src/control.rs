@@ -7,6 +7,7 @@
 //! 16  u64  number of the last request  48  u64  beats
 //!          that the guest carried out  56  u64  pid as the guest sees it
 //! 24  u64  number of this request      64  u64  operations, of guests that count them
+//!                                      72  u64  gap after which it was on another host, ns
 //! ```
 
 use std::{
@@ -59,6 +60,8 @@ pub struct Pulse {
     pub pid: u64,
     /// Operations so far, of guests that count them.
     pub operations: u64,
+    /// The gap between its last beat on one host and its first on another, nanoseconds.
+    pub gap_at_move_ns: u64,
 }
 
 /// The open control file.
@@ -69,8 +72,8 @@ impl Control {
     /// Creates or opens it.
     pub fn open(path: &Path) -> io::Result<Control> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
-        if file.metadata()?.len() < 72 {
-            file.set_len(72)?;
+        if file.metadata()?.len() < 80 {
+            file.set_len(80)?;
         }
         Ok(Control(file))
     }
@@ -115,6 +118,7 @@ impl Control {
             beats: self.read(48)?,
             pid: self.read(56)?,
             operations: self.read(64)?,
+            gap_at_move_ns: self.read(72)?,
         })
     }
 
@@ -160,6 +164,11 @@ impl Control {
     /// Guest side: operations so far.
     pub fn operations(&self, number: u64) -> io::Result<()> {
         self.write(64, number)
+    }
+
+    /// Guest side: it is on another host than at the beat before.
+    pub fn moved(&self, gap_ns: u64) -> io::Result<()> {
+        self.write(72, gap_ns)
     }
 
     /// Guest side: a beat.

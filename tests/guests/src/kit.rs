@@ -96,6 +96,7 @@ plain!(
     libc::fd_set,
     libc::signalfd_siginfo,
     libc::cpu_set_t,
+    libc::utsname,
     libc::pollfd
 );
 
@@ -120,6 +121,13 @@ pub fn now_ns() -> u64 {
     let mut t: libc::timespec = zeroed();
     sys0!(clock_gettime(libc::CLOCK_MONOTONIC, &mut t));
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+}
+
+/// Of the host it is on just now; uname(2) costs a fraction of a microsecond.
+fn host_name() -> [libc::c_char; 65] {
+    let mut names: libc::utsname = zeroed();
+    sys0!(uname(&mut names));
+    names.nodename
 }
 
 /// Lets everything else go first: a thread that spins would keep the kernel's own threads (and with them the network) off a machine with few cores.
@@ -188,6 +196,8 @@ pub struct Kit {
     rest: Duration,
     portrait: Option<Portrait>,
     moving: Vec<String>,
+    /// Name of the host at the last beat.
+    host: [libc::c_char; 65],
 }
 
 impl Kit {
@@ -212,6 +222,7 @@ impl Kit {
             rest: Duration::from_micros(options.number("rest-us", 500)),
             portrait: None,
             moving: Vec::new(),
+            host: host_name(),
         })
     }
 
@@ -284,6 +295,12 @@ impl Kit {
         self.last_ns = now;
         self.longest_ns = self.longest_ns.max(gap);
         self.beats += 1;
+        let host = host_name();
+        if host != self.host {
+            self.host = host;
+            let result = self.control.moved(gap);
+            self.expect("control file", result);
+        }
         let result = self.control.beat(self.longest_ns, now, self.beats, self.pid);
         self.expect("control file", result);
     }

@@ -3,9 +3,10 @@
 use crate::kit::{Kit, Numbers, Options, sys, sys0};
 use std::{
     ffi::CString,
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io,
     os::{fd::AsRawFd, unix::fs::FileExt},
+    path::Path,
     process::ExitCode,
 };
 
@@ -90,75 +91,41 @@ impl Area {
     }
 }
 
-/// Every page once in an order that looks random, again and again, and which write of which page was the last: known without any memory,
-/// so that the guest dirties the pages that it writes and no other.
+/// How often each page was written.
 #[derive(Debug)]
-struct Walk {
-    pages: u64,
-    bits: u32,
-    /// Writes so far.
-    writes: u64,
+enum Versions {
+    /// Goes where the guest goes, and back in time with it.
+    Memory(Vec<u64>),
+    /// For a guest that says how much it dirties: in its memory this would be dirtied as well, twice as many pages as it says.
+    File(File),
 }
 
-impl Walk {
-    const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
-
-    fn new(pages: usize) -> Walk {
-        let pages = pages as u64;
-        Walk {
-            pages,
-            bits: pages.next_power_of_two().trailing_zeros().max(2),
-            writes: 0,
-        }
+impl Versions {
+    fn create(path: &Path, pages: usize) -> io::Result<Versions> {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
+        file.set_len(pages as u64 * 8)?;
+        Ok(Versions::File(file))
     }
 
-    /// x ^= x >> half is its own inverse when half is at least half of the bits.
-    fn fold(&self, x: u64) -> u64 {
-        x ^ (x >> self.bits.div_ceil(2))
-    }
-
-    fn times(&self, x: u64, factor: u64) -> u64 {
-        x.wrapping_mul(factor) & ((1 << self.bits) - 1)
-    }
-
-    /// The page that the `i`-th write of a pass goes to.
-    fn page(&self, i: u64) -> u64 {
-        let mut x = i;
-        loop {
-            x = self.fold(self.times(self.fold(x), Walk::FACTOR));
-            // Outside of the pages: on along the cycle, which comes back inside.
-            if x < self.pages {
-                return x;
+    fn of(&self, page: usize) -> io::Result<u64> {
+        match self {
+            Versions::Memory(all) => Ok(all[page]),
+            Versions::File(file) => {
+                let mut word = [0; 8];
+                file.read_exact_at(&mut word, page as u64 * 8)?;
+                Ok(u64::from_le_bytes(word))
             }
         }
     }
 
-    /// Which write of a pass goes to the page: the inverse of [`Walk::page`].
-    fn turn(&self, page: u64) -> u64 {
-        // Newton's iteration doubles the bits that are right, of which an odd number starts with three.
-        let inverse = (0..6).fold(Walk::FACTOR, |y, _| {
-            y.wrapping_mul(2_u64.wrapping_sub(Walk::FACTOR.wrapping_mul(y)))
-        });
-        let mut x = page;
-        loop {
-            x = self.fold(self.times(self.fold(x), inverse));
-            if x < self.pages {
-                return x;
-            }
+    /// It is written once more: its new version.
+    fn next(&mut self, page: usize) -> io::Result<u64> {
+        let version = self.of(page)? + 1;
+        match self {
+            Versions::Memory(all) => all[page] = version,
+            Versions::File(file) => file.write_all_at(&version.to_le_bytes(), page as u64 * 8)?,
         }
-    }
-
-    /// How often the page was written.
-    fn written(&self, page: usize) -> u64 {
-        let (passes, done) = (self.writes / self.pages, self.writes % self.pages);
-        passes + u64::from(self.turn(page as u64) < done)
-    }
-
-    /// The page to write next, and its seed.
-    fn next(&mut self) -> (usize, u64) {
-        let page = self.page(self.writes % self.pages) as usize;
-        self.writes += 1;
-        (page, 1 + self.written(page))
+        Ok(version)
     }
 }
 
@@ -176,24 +143,30 @@ pub fn ballast(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
             area.fill_page(page, 1);
         }
     }
-    let walk = std::cell::RefCell::new(Walk::new(pages));
-    kit.check(
-        (0..pages as u64)
-            .step_by(97)
-            .all(|p| walk.borrow().page(walk.borrow().turn(p)) == p),
-        "the order of writes has no inverse",
-    );
-    kit.ready()?;
-    let holds = |page: usize, seed: u64| if zero { area.page_is_zero(page) } else { area.page_is(page, seed) };
-    // Paced by the clock. What a pause has kept it from is not made up for.
     let rate = options.number("rate", 0) as f64 * 1e6 / PAGE as f64;
+    let versions = std::cell::RefCell::new(if rate > 0.0 {
+        Versions::create(&kit.dir().join("versions"), pages)?
+    } else {
+        Versions::Memory(vec![0; pages])
+    });
+    kit.ready()?;
+    let holds = |page: usize| {
+        let version = versions.borrow().of(page)?;
+        Ok(if zero {
+            area.page_is_zero(page)
+        } else {
+            area.page_is(page, 1 + version)
+        })
+    };
+    // Paced by the clock. What a pause has kept it from is not made up for.
     let (mut due, mut last) = (0.0, std::time::Instant::now());
     let mut turn = Numbers::new(7);
     let code = kit.run(
         |kit| {
             let page = turn.draw() as usize % pages;
-            let seed = 1 + walk.borrow().written(page);
-            kit.check(holds(page, seed), format!("ballast page {page} differs"));
+            let well: io::Result<bool> = holds(page);
+            let well = kit.expect("the file of versions", well);
+            kit.check(well == Some(true), format!("ballast page {page} differs"));
             let mut now = dirty;
             if rate > 0.0 {
                 due += rate * last.elapsed().as_secs_f64().min(0.002);
@@ -202,12 +175,15 @@ pub fn ballast(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
                 due -= (due as usize) as f64;
             }
             for _ in 0..now {
-                let (page, seed) = walk.borrow_mut().next();
-                area.fill_page(page, seed);
+                let page = turn.draw() as usize % pages;
+                let version = versions.borrow_mut().next(page);
+                if let Some(version) = kit.expect("the file of versions", version) {
+                    area.fill_page(page, 1 + version);
+                }
             }
         },
         |kit| {
-            let wrong = (0..pages).filter(|p| !holds(*p, 1 + walk.borrow().written(*p))).count();
+            let wrong = (0..pages).filter(|p| !holds(*p).unwrap_or(false)).count();
             kit.equal("ballast pages that differ", wrong, 0);
         },
     );

@@ -173,6 +173,11 @@ impl Guest {
         Duration::from_nanos(self.pulse().longest_gap_ns)
     }
 
+    /// The gap between its last beat on one host and its first on the other: the freeze alone, as the program sees it.
+    pub fn gap_at_move(&self) -> Duration {
+        Duration::from_nanos(self.pulse().gap_at_move_ns)
+    }
+
     /// Asks it to end, wherever it is, and waits until it says it does.
     pub fn quit(&self) {
         self.ask(Request::Quit);
