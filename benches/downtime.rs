@@ -296,7 +296,17 @@ fn redis() {
         let dir = dir.display().to_string();
         let server = hosts
             .a
-            .command(["redis-server", "--bind", "127.0.0.1", "--save", "", "--dir", &dir])
+            .command([
+                "redis-server",
+                "--bind",
+                "127.0.0.1",
+                "--save",
+                "",
+                "--enable-debug-command",
+                "yes",
+                "--dir",
+                &dir,
+            ])
             .start();
         let cli = |args: &[&str]| {
             let mut all = vec!["redis-cli"];
@@ -308,7 +318,8 @@ fn redis() {
         within("redis answers", Duration::from_secs(20), || {
             cli(&["ping"]).contains("PONG").then_some(())
         });
-        cli(&["debug", "populate", "1000000", "key", "1000"]);
+        let filled = cli(&["debug", "populate", "1000000", "key", "1000"]);
+        assert!(filled.contains("OK"), "redis was not filled: {filled}");
         let load = "i=0; while true; do i=$((i+1)); for k in 1 2 3 4 5 6 7 8; do echo SET w:$(( (i*8+k) % 100000 )) v$i; done | redis-cli >/dev/null; done";
         let writer = hosts.a.command(["busybox", "sh", "-c", load]).start();
         thread::sleep(Duration::from_millis(500));

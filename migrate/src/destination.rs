@@ -152,7 +152,8 @@ pub async fn serve<L: Link>(
                 let _ = journal.remove();
             }
             let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
-            let _ = tokio::time::timeout(Duration::from_secs(2), wire::recv(&mut link)).await;
+            // The source closes once it has read it; ended before that, it would have to ask, and could not say what became of the tree.
+            let _ = tokio::time::timeout(Duration::from_secs(10), wire::recv(&mut link)).await;
             let m = if began {
                 "nothing runs here, the source was told"
             } else {

@@ -117,8 +117,9 @@ fn joined(ranges: impl Iterator<Item = Range>) -> Vec<Range> {
 /// What a kernel may refuse or a sysctl overrule is not compared.
 fn comparable(mut f: VmaFlags) -> VmaFlags {
     (f.stack, f.no_reserve) = (false, false);
+    // Droppable memory (Linux 6.11) is wiped on fork and not dumped; on an older kernel that is all that is left of it.
     if f.droppable {
-        (f.droppable, f.wipe_on_fork, f.dont_dump) = (false, false, false);
+        (f.droppable, f.wipe_on_fork, f.dont_dump) = (false, true, true);
     }
     f
 }
@@ -185,6 +186,14 @@ mod tests {
         let mut more = right.to_vec();
         more.push(now(0xa000, 0xb000, 1));
         assert_eq!(mappings(&vmas, &more, &[]).len(), 1);
+        // Droppable memory, on a kernel that has it and on one that has not.
+        let mut droppable = vmas.to_vec();
+        droppable[2].flags.droppable = true;
+        for flags in [&[*b"dp", *b"wf", *b"dd"][..], &[*b"wf", *b"dd"]] {
+            let mut there = right.to_vec();
+            there[2].vm_flags = flags.to_vec();
+            assert_eq!(mappings(&droppable, &there, &[]), Vec::<String>::new(), "{flags:?}");
+        }
         more[3].name = b"[vdso]".to_vec();
         assert_eq!(mappings(&vmas, &more, &[]).len(), 0, "the kernel's own");
         let mut advised = right.to_vec();
