@@ -2,6 +2,7 @@
 //! workload all the time.
 
 use migrate_harness::{Guest, Stdio, two_hosts};
+use std::time::Duration;
 
 /// How it is moved. One line for each mode and tracker, and one test for each of these below.
 const STOP: &[&str] = &["--mode", "stop"];
@@ -11,7 +12,7 @@ fn soak(how: &[&str], options: &[(&str, &str)]) {
     let hosts = two_hosts!();
     let mut on = None;
     let start = |options: &[(&str, &str)]| Guest::start(&hosts.a, "soak", options);
-    migrate_harness::soak(how, 4, options, start, |guest| {
+    migrate_harness::soak(how, 4, Duration::from_secs(30), options, start, |guest| {
         let (host, pid) = on.unwrap_or((&hosts.a, guest.pid));
         let mark = host.deaths();
         let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| hosts.move_with(host, pid, &Stdio::Null, how)));

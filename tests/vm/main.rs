@@ -212,7 +212,7 @@ fn a_random_workload_with_soft_dirty() {
     let mut on = None;
     let options = [("mib", "4"), ("regions", "20"), ("ops-per-second", "800")];
     let start = |options: &[(&str, &str)]| vms.a.guest("soak", options);
-    migrate_harness::soak(&how, 2, &options, start, |guest| {
+    migrate_harness::soak(&how, 2, Duration::from_secs(60), &options, start, |guest| {
         let (vm, pid) = on.unwrap_or((&vms.a, guest.pid));
         let moved = vms.move_with(vm, pid, &how);
         on = Some((vms.other(vm), moved.pid));

@@ -27,7 +27,7 @@ fn ms(x: f64) -> Duration {
 impl Fixed {
     /// Before anything was rehearsed: by the numbers of processes and threads (measured, docs/benchmarks.md).
     pub fn new(counts: &Counts, rtt: Duration) -> Fixed {
-        let (more, threads) = (f64::from(counts.processes().saturating_sub(1)), f64::from(counts.threads()));
+        let (more, threads) = (f64::from(counts.processes.saturating_sub(1)), f64::from(counts.threads));
         Fixed {
             alone: ms(1.7 + 0.2 * more + 0.04 * threads) + rtt,
             read: ms(0.6 + 0.1 * more + 0.01 * threads),
@@ -61,6 +61,6 @@ impl Fixed {
 
     /// F, as known now.
     pub fn now(&self) -> Duration {
-        self.alone + self.read + self.scan + self.shape
+        self.alone + self.round()
     }
 }

@@ -79,7 +79,6 @@ impl Job<'_> {
             let began = Instant::now();
             let (round, raw) = self.round(link, tracked, prepared).await?;
             prepared = self.look(tracked).await?;
-            self.fixed.look(&prepared);
             let took = began.elapsed();
             let decision = planner.round(RoundFacts {
                 dirty: prepared.dirty,
@@ -129,7 +128,7 @@ impl Job<'_> {
     }
 
     /// Looks at the tree on the tracer thread.
-    async fn look(&self, tracked: &Shared) -> Result<Prepared, Failure> {
+    async fn look(&mut self, tracked: &Shared) -> Result<Prepared, Failure> {
         let shared = tracked.clone();
         let fail =
             |e: &dyn std::fmt::Display| Failure::failed("pre-copy", self.pid, format!("cannot look at the tree: {e}; it runs on here"));
@@ -145,6 +144,7 @@ impl Job<'_> {
         for u in &p.untracked {
             tracing::debug!("{u}");
         }
+        self.fixed.look(&p);
         Ok(p)
     }
 
@@ -152,7 +152,7 @@ impl Job<'_> {
     async fn round<L: Link>(&mut self, link: &mut L, tracked: &Shared, p: Prepared) -> Result<(Round, u64), Failure> {
         let number = self.rounds.len() as u32 + 1;
         let stopped = p.stopped;
-        self.background.round(p.plans.iter().map(|(plan, _)| plan.bytes()).sum());
+        self.background.round(p.bytes());
         let sent = tokio::select! {
             r = transfer::round(link, number, p, self.terms(), self.events) => r,
             () = self.cancel.cancelled() => return Err(interrupted(self.pid)),

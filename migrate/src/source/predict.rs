@@ -23,8 +23,8 @@ use std::{
 
 /// What a prediction goes by.
 pub struct Counts {
-    processes: u32,
-    threads: u32,
+    pub processes: u32,
+    pub threads: u32,
     bytes: u64,
 }
 
@@ -45,17 +45,6 @@ impl Counts {
             threads: tree.processes.iter().map(|p| p.threads.len() as u32).sum(),
             bytes: private.sum::<u64>() + tree.objects.iter().map(|o| o.size).sum::<u64>(),
         }
-    }
-}
-
-impl Counts {
-    /// Processes of the tree.
-    pub fn processes(&self) -> u32 {
-        self.processes
-    }
-    /// Threads of the tree.
-    pub fn threads(&self) -> u32 {
-        self.threads
     }
 }
 
@@ -135,19 +124,18 @@ type Sampled = (Sample, Fixed);
 
 /// Watches the tree's writes. It is stopped for an instant when the tracker is attached; with soft-dirty at each look.
 fn sample(mut rounds: Rounds, mut fixed: Fixed) -> io::Result<Sampled> {
-    let first = rounds.look()?;
-    fixed.look(&first);
-    let total = first.dirty;
-    let (compression, content) = look_into(&first)?;
-    rounds.pretend_sent(&first)?;
+    let mut last = rounds.look()?;
+    fixed.look(&last);
+    let total = last.dirty;
+    let (compression, content) = look_into(&last)?;
     let mut windows = [(Duration::ZERO, 0); 2];
     for (window, time) in windows.iter_mut().zip([INSTANT, SAMPLE]) {
+        rounds.pretend_sent(&last)?;
         let began = Instant::now();
         std::thread::sleep(time);
-        let p = rounds.look()?;
-        *window = (began.elapsed(), p.dirtied);
-        fixed.look(&p);
-        rounds.pretend_sent(&p)?;
+        last = rounds.look()?;
+        *window = (began.elapsed(), last.dirtied);
+        fixed.look(&last);
     }
     let sample = Sample {
         activity: Activity::from_samples(windows[0], windows[1], total),
@@ -160,7 +148,7 @@ fn sample(mut rounds: Rounds, mut fixed: Fixed) -> io::Result<Sampled> {
 
 /// Reads some of the first round's pages: how they compress, and the share that is not zero.
 fn look_into(p: &Prepared) -> io::Result<((f64, f64), f64)> {
-    let all: u64 = p.plans.iter().map(|(plan, _)| plan.bytes()).sum();
+    let all = p.bytes();
     let (mut pages, mut zero, mut data) = (0, 0, Vec::new());
     for (plan, reader) in &p.plans {
         // From each space its share, from the middle of each range.

@@ -117,6 +117,13 @@ pub struct Prepared {
     pub untracked: Vec<String>,
 }
 
+impl Prepared {
+    /// Bytes of memory to send.
+    pub fn bytes(&self) -> u64 {
+        self.plans.iter().map(|(plan, _)| plan.bytes()).sum()
+    }
+}
+
 /// Everything known of the tree between looks.
 #[derive(Debug)]
 pub struct Rounds {

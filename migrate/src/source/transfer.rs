@@ -53,7 +53,7 @@ pub async fn round<L: Link>(
 ) -> Result<(Round, Applied, Fate), WireError> {
     let start = Instant::now();
     let before = link.bytes_sent();
-    let total: u64 = p.plans.iter().map(|(plan, _)| plan.bytes()).sum();
+    let total = p.bytes();
     let begin = RoundStart {
         number,
         tree: p.tree,

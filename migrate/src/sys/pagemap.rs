@@ -35,6 +35,18 @@ struct Region {
     categories: u64,
 }
 
+impl Region {
+    /// What it says of its pages, of the categories that were asked for.
+    fn range(self) -> Range {
+        Range {
+            start: self.start,
+            end: self.end,
+            file: self.categories & FILE != 0,
+            guard: self.categories & GUARD != 0,
+        }
+    }
+}
+
 // _IOWR('f', 16, struct pm_scan_arg)
 const PAGEMAP_SCAN: u64 = 3 << 30 | 96 << 16 | (b'f' as u64) << 8 | 16;
 const WRITTEN: u64 = 2;
@@ -116,12 +128,7 @@ impl Pagemap {
                 return;
             }
             doubtful |= r.categories & (PRESENT | guard) == 0;
-            out.push(Range {
-                start: r.start,
-                end: r.end,
-                file: r.categories & FILE != 0,
-                guard: r.categories & guard != 0,
-            });
+            out.push(r.range());
         })?;
         if doubtful { self.without_markers(start, out) } else { Ok(()) }
     }
@@ -195,14 +202,7 @@ impl Pagemap {
                 ..Default::default()
             };
             let mut found = Vec::new();
-            self.scan_into(arg, |r| {
-                found.push(Range {
-                    start: r.start,
-                    end: r.end,
-                    file: r.categories & FILE != 0,
-                    guard: r.categories & GUARD != 0,
-                })
-            })?;
+            self.scan_into(arg, |r| found.push(r.range()))?;
             Ok(found)
         };
         // Kernels before 6.15 do not know the guard category, and have no guard regions before 6.13.
@@ -252,12 +252,7 @@ impl Pagemap {
         };
         let mut huge = Vec::new();
         self.scan_into(arg, |r| {
-            let range = Range {
-                start: r.start,
-                end: r.end,
-                file: r.categories & FILE != 0,
-                guard: r.categories & GUARD != 0,
-            };
+            let range = r.range();
             if !range.guard && r.categories & PFNZERO != 0 {
                 return;
             }

@@ -11,10 +11,12 @@ fn number(name: &str, default: u64) -> u64 {
 }
 
 /// Moves a workload that `start` starts with these options and that `moves` moves to the other host, as often as `MIGRATE_SOAK` says, or
-/// `migrations`. After each move the workload compares all its memory. `how`: for the line that says what was done.
+/// `migrations`. After each move the workload compares all its memory. `how`: for the line that says what was done. `patience`: for
+/// the operations between two migrations.
 pub fn soak(
     how: &[&str],
     migrations: u64,
+    patience: Duration,
     options: &[(&str, &str)],
     start: impl FnOnce(&[(&str, &str)]) -> Guest,
     mut moves: impl FnMut(&Guest) -> Moved,
@@ -43,7 +45,7 @@ pub fn soak(
         });
         downtime = downtime.max(moved.number("downtime_ms"));
         // Some operations between any two migrations, beside those that go on during one.
-        within("operations after a migration", Duration::from_secs(60), || {
+        within("operations after a migration", patience, || {
             (guest.pulse().operations > before + OPERATIONS / 200).then_some(())
         });
         let wrong = guest.differences();
