@@ -71,6 +71,9 @@ pub enum Command {
         #[command(subcommand)]
         command: Ceiling,
     },
+    /// Hold the memory of a program whose pages follow (started by `receive`)
+    #[command(hide = true)]
+    Keeper,
     /// Print completions for a shell
     #[command(long_about = help::COMPLETIONS)]
     Completions(Completions),
@@ -123,9 +126,9 @@ pub struct Send {
     /// First contact: the one-time ticket of `migrate receive`; the variable keeps it out of ps
     #[arg(long, env = "MIGRATE_TICKET", hide_env_values = true, value_parser = parse::ticket)]
     pub ticket: Option<String>,
-    /// How memory is moved; stop without this option, until hybrid is built
-    #[arg(long, value_enum)]
-    pub mode: Option<ModeArg>,
+    /// How memory is moved
+    #[arg(long, value_enum, default_value = "hybrid")]
+    pub mode: ModeArg,
     /// How memory that was written between rounds is found
     #[arg(long, value_enum, default_value = "auto")]
     pub tracker: TrackerArg,
@@ -360,7 +363,12 @@ impl Command {
             Command::Trust {
                 command: Trust::List { json } | Trust::Add { json, .. } | Trust::Remove { json, .. },
             } => json.json,
-            Command::Bench(_) | Command::Demo(_) | Command::Ceiling { .. } | Command::Completions(_) | Command::Man(_) => false,
+            Command::Bench(_)
+            | Command::Demo(_)
+            | Command::Ceiling { .. }
+            | Command::Keeper
+            | Command::Completions(_)
+            | Command::Man(_) => false,
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use migrate_engine::{
     check, checkpoint as images, destination, dump,
-    journal::{Journal, Side, Stage},
+    journal::{Entry, Journal, Side, Stage},
+    lazy,
     report::{Event, Events, Failure, Report, SendOptions, Stdio},
     source::{self, Connector},
     sys::misc,
@@ -92,6 +93,7 @@ pub struct Receiver {
     ticket: Mutex<String>,
     state_dir: PathBuf,
     serving: tokio::sync::Mutex<JoinSet<Result<destination::Served, Failure>>>,
+    hub: Arc<lazy::fetch::Hub<QuicLink>>,
 }
 
 impl Receiver {
@@ -110,6 +112,7 @@ impl Receiver {
             ticket: Mutex::default(),
             state_dir: state_dir.to_owned(),
             serving: tokio::sync::Mutex::default(),
+            hub: Arc::default(),
         };
         Ok(r)
     }
@@ -138,7 +141,7 @@ impl Receiver {
             tokio::select! {
                 link = self.listener.accept() => match link {
                     Ok(link) => {
-                        serving.spawn(destination::serve(link, stdio.clone(), self.state_dir.clone(), events.clone(), cancel.clone()));
+                        serving.spawn(destination::serve(link, stdio.clone(), self.state_dir.clone(), events.clone(), cancel.clone(), self.hub.clone()));
                     }
                     Err(AcceptError::ListenerClosed) => return Err(Failure::failed("listen", 0, "the listener was closed")),
                     Err(e) => tracing::warn!("{e}"),
@@ -166,6 +169,11 @@ impl Receiver {
             }
         }
     }
+}
+
+/// The process that holds the memory of copies whose pages follow.
+pub fn keeper() -> std::io::Result<()> {
+    lazy::pager::main()
 }
 
 /// Saves a tree; blocks.
@@ -368,6 +376,7 @@ pub async fn check_pair(
             tree,
             check_only: true,
             leave_running: false,
+            lazy: false,
         };
         let lost = |e: wire::WireError| fail(e.to_string());
         wire::send(&mut link, &Message::Inventory(inventory)).await.map_err(lost)?;
@@ -538,6 +547,38 @@ fn whole_id(state_dir: &Path, id: &str) -> String {
     }
 }
 
+/// Serves a copy that waits for pages of the stopped originals, which another agent was sending.
+async fn go_on_sending(dial: &Dial, entry: &Entry, events: Events, cancel: CancellationToken) -> Result<(), Failure> {
+    let pid = entry.processes.first().map_or(0, |p| p.0);
+    let unknown = |message: String| Failure {
+        class: migrate_engine::report::Class::Unknown,
+        phase: "drain",
+        pid,
+        message,
+        fix: Some(format!("try again: migrate recover {}", entry.id)),
+        blockers: Vec::new(),
+    };
+    events(Event::Phase { phase: "drain" });
+    let originals =
+        lazy::serve::Originals::open(&entry.spaces).map_err(|e| unknown(format!("the stopped original cannot be read: {e}")))?;
+    let drain = lazy::serve::Drain {
+        connector: dial,
+        id: &entry.id,
+        originals: Arc::new(originals),
+        bandwidth: None,
+        events: &events,
+        cancel: &cancel,
+    };
+    let mut served = match drain.run(None, Vec::new()).await {
+        Ok(s) => s,
+        Err(lazy::serve::ServeError::Refused(why)) => return Err(unknown(format!("{} says: {why}", entry.peer))),
+        Err(lazy::serve::ServeError::Read(e)) => return Err(unknown(format!("the stopped original cannot be read: {e}"))),
+        Err(lazy::serve::ServeError::Interrupted) => return Err(unknown("interrupted".into())),
+    };
+    served.link.close(wire::DONE).await;
+    Ok(())
+}
+
 /// Finishes or undoes one. Says what became of the program.
 pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, cancel: CancellationToken) -> Result<String, Failure> {
     let id = &whole_id(state_dir, id);
@@ -575,6 +616,14 @@ pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, ca
         .with_fix(format!(
             "migrate recover {id} ends the stopped original; to go on here, end the copy there first and remove its journal"
         ))),
+        Some(Message::Running(r)) if r.draining => {
+            go_on_sending(&dial, &entry, events, cancel).await?;
+            signal(SIGKILL);
+            done(
+                journal,
+                format!("the copy at {} has all its pages now; the stopped original was ended", entry.peer),
+            )
+        }
         Some(Message::Running(r)) => {
             signal(SIGKILL);
             done(

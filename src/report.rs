@@ -199,7 +199,7 @@ fn summary(report: &Report, deed: &Deed) -> String {
         rows.push(row("memory", format!("{}: {pages}, {zero}", human::bytes(report.bytes_sent))));
     }
     if report.pages_lazy > 0 {
-        let latency = report.fault_latency_us;
+        let latency = &report.fault_latency_us;
         let waits = format!(
             "a fault waited {} us (median), {} us (p99), {} us (longest)",
             latency.p50, latency.p99, latency.max
@@ -241,6 +241,7 @@ mod tests {
             pages_zero: 1,
             pages_lazy: 0,
             fault_latency_us: FaultLatency::default(),
+            drain: None,
             agent_peak_rss: 0,
         }
     }

@@ -5,7 +5,7 @@ use crate::{
     cli::{Cli, Command, Trust},
     completions,
     context::Context,
-    demo, list, log, man, out,
+    demo, engine, list, log, man, out,
     progress::{Progress, Style},
     receive, recover,
     report::{self, Stake},
@@ -17,6 +17,10 @@ use tokio_util::sync::CancellationToken;
 
 /// Runs the command.
 pub fn run(cli: Cli) -> ExitCode {
+    if matches!(cli.command, Command::Keeper) {
+        // No runtime, no other thread, nothing on a terminal.
+        return ExitCode::from(if engine::keeper().is_ok() { report::DONE } else { report::FAILED });
+    }
     let json = cli.command.json();
     log::start(cli.verbose, json);
     let progress = Progress::start(Style::choose(json, cli.verbose), shares_terminal(&cli.command));
@@ -65,6 +69,7 @@ async fn dispatch(command: Command, context: &Context) -> anyhow::Result<u8> {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Ceiling { command } => ceiling::run(command).await,
+        Command::Keeper => Ok(report::FAILED),
         Command::Completions(arguments) => completions::run(&arguments),
         Command::Man(arguments) => man::run(&arguments),
     }

@@ -6,15 +6,14 @@ use crate::{
     engine, interrupt, pid,
     report::{self, Deed},
 };
-use migrate_engine::report::{Mode, SendOptions};
+use migrate_engine::report::SendOptions;
 
 /// Moves a tree.
 pub async fn run(arguments: Send, context: &Context) -> anyhow::Result<u8> {
     pid::preflight(arguments.pid)?;
     let options = SendOptions {
         pid: arguments.pid,
-        // The contract's default is hybrid; until it is built, what has been tested longest is better than a refusal.
-        mode: arguments.mode.map_or(Mode::Stop, Into::into),
+        mode: arguments.mode.into(),
         tracker: arguments.tracker.into(),
         downtime_limit: arguments.downtime_limit,
         max_rounds: arguments.max_rounds,

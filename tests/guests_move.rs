@@ -1,4 +1,4 @@
-//! Every guest is moved from A to B in rounds, verifies itself there, is moved back by stopping and verifies itself again.
+//! Every guest is moved from A to B in rounds, verifies itself there, is moved back with its memory behind it and verifies itself again.
 
 use migrate_harness::{Ended, Guest, Stdio, two_hosts, within};
 use std::time::Duration;
@@ -16,7 +16,7 @@ fn there_and_back(name: &str, options: &[(&str, &str)]) {
         "the pid that the guest itself sees"
     );
     guest.verify("on B");
-    let back = hosts.move_with(&hosts.b, there.pid, &Stdio::Null, &["--mode", "stop"]);
+    let back = hosts.move_with(&hosts.b, there.pid, &Stdio::Null, &["--mode", "post-copy"]);
     assert!(guest.beats(), "guest {name} does not beat on A");
     guest.verify("back on A");
     let mark = hosts.a.deaths();

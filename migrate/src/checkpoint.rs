@@ -275,6 +275,7 @@ fn write(
         drops: Vec::new(),
         guards: snap.guards.clone(),
         bytes: total,
+        later: Vec::new(),
         verify: false,
     };
     let state = codec::encode(&state).map_err(io::Error::other)?;

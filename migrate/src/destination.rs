@@ -4,10 +4,15 @@
 //! a later agent knows from the journal alone whether the tasks were let go: see [`answer`].
 
 use crate::{
+    blocker::Blocker,
     dump,
     image::Tree,
     journal::{self, Entry, Journal, Side, Stage},
     laps::Laps,
+    lazy::{
+        fetch::{Drain, Hub},
+        keeper::{Armed, Keeper},
+    },
     oracle, preflight,
     report::{Downtime, Event, Events, Failure, Report, Round, Stdio},
     restore::{
@@ -18,7 +23,7 @@ use crate::{
     },
     sys::{misc, priority::Background},
     tracer::Tracer,
-    wire::{self, Accept, Applied, Message, RoundStart, Running, State, WireError},
+    wire::{self, Accept, Applied, Attach, Attached, Channel, Message, RoundStart, Running, State, WireError},
 };
 use migrate_transport::{Link, PageFrame, PageReceiver};
 use std::{
@@ -51,6 +56,7 @@ pub async fn serve<L: Link>(
     state_dir: PathBuf,
     events: Events,
     cancel: CancellationToken,
+    hub: Arc<Hub<L>>,
 ) -> Result<Served, Failure> {
     let start = Instant::now();
     let lost = |phase: &'static str| move |e: WireError| Failure::failed(phase, 0, format!("{e}; nothing was started here"));
@@ -69,6 +75,7 @@ pub async fn serve<L: Link>(
             let _ = tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await;
             return Ok(Served::Answered);
         }
+        Message::Attach(a) => return attach(link, a, &state_dir, &events, &cancel, &hub).await,
         Message::Inventory(i) => i,
         other => {
             return Err(lost("inventory")(WireError::Protocol(format!(
@@ -82,7 +89,7 @@ pub async fn serve<L: Link>(
         return Err(lost("inventory")(WireError::Protocol("an id that is none".into())));
     }
     let id = inv.id.clone();
-    let check_only = inv.check_only;
+    let (check_only, lazy) = (inv.check_only, inv.lazy);
     inv.tree
         .validate()
         .map_err(|e| lost("inventory")(WireError::Protocol(format!("a tree that is none: {e}"))))?;
@@ -91,7 +98,15 @@ pub async fn serve<L: Link>(
             .await
             .map_err(|e| Failure::failed("preflight", 0, e))?
     };
-    let (blockers, fresh) = blockers;
+    let (mut blockers, fresh) = blockers;
+    if lazy && let Err(e) = crate::sys::uffd::missing_works() {
+        let fix = "use --mode pre-copy or --mode stop; `migrate check` says what this host lacks";
+        blockers.push(Blocker::new(
+            "the receiving host",
+            format!("pages cannot follow after the resume: {e}"),
+            fix,
+        ));
+    }
     let host = host.map_err(|e| Failure::failed("preflight", 0, format!("cannot examine this host: {e}")))?;
     if !blockers.is_empty() {
         let text = blockers.iter().map(|b| format!("\n  - {b}")).collect::<String>();
@@ -107,6 +122,17 @@ pub async fn serve<L: Link>(
             "a tree was refused; nothing was started",
             blockers,
         ));
+    }
+    let mut keeper = None;
+    let mut links = None;
+    if lazy && !check_only {
+        links = hub.register(&id);
+        let (dir, id) = (state_dir.clone(), id.clone());
+        let started = tokio::task::spawn_blocking(move || Keeper::spawn(&dir, &id))
+            .await
+            .map_err(io::Error::other)
+            .and_then(|k| k);
+        keeper = Some(started.map_err(|e| Failure::failed("preflight", 0, format!("cannot start the keeper of the copy's memory: {e}")))?);
     }
     wire::send(&mut link, &Message::Accept(Accept { host, fresh_pids: fresh }))
         .await
@@ -129,6 +155,8 @@ pub async fn serve<L: Link>(
         state_dir: &state_dir,
         peer: link.peer().fingerprint.to_string(),
         copy: None,
+        lazy,
+        keeper,
     };
     let mut rounds = Vec::new();
     let built = tokio::select! {
@@ -136,7 +164,7 @@ pub async fn serve<L: Link>(
         () = cancel.cancelled() => Err("the receiver was interrupted".to_owned()),
     };
     let (
-        arrived,
+        (arrived, draining),
         Copy {
             rebuild,
             mut journal,
@@ -178,21 +206,49 @@ pub async fn serve<L: Link>(
         let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
         return Err(Failure::failed("restore", 0, format!("{reason}; nothing runs here")));
     }
-    let told = wire::send(&mut link, &Message::Running(Running { pid, restore_ms })).await;
+    let running = Running {
+        pid,
+        restore_ms,
+        draining: draining.is_some(),
+    };
+    let told = wire::send(&mut link, &Message::Running(running)).await;
     entry.stage = Stage::Running;
     let _ = journal.update(&entry);
     events(Event::Running { pid });
-    let left = tracer.call(move || copy.as_mut().map_or(0, Rebuild::clean_up)).await.unwrap_or(1);
-    if left > 0 {
-        events(Event::Note {
-            text: format!("{left} processes keep an unused mapping of the restore"),
-        });
-    }
-    if let Err(e) = told {
+    // A task inside a fault stops only when its page is there: the drain goes on beside this.
+    let cleaning = tracer.call(move || copy.as_mut().map_or(0, Rebuild::clean_up));
+    let cleaned = |left: Result<usize, _>| {
+        let left = left.unwrap_or(1);
+        if left > 0 {
+            events(Event::Note {
+                text: format!("{left} processes keep an unused mapping of the restore"),
+            });
+        }
+    };
+    if let Err(e) = &told {
         events(Event::Note {
             text: format!("the source did not hear that the tree runs here ({e}); it will ask"),
         });
+    }
+    let mut stats = None;
+    let mut bytes_sent = link.bytes_sent();
+    let after = Instant::now();
+    if let (Some(keeper), Some(links)) = (draining, links) {
+        events(Event::Phase { phase: "drain" });
+        let lost = |e: String| Failure::failed("drain", pid, e);
+        let drain = Drain::new(keeper, links).map_err(|e| lost(e.to_string()))?;
+        let (drained, left) = tokio::join!(drain.run(Some(link), &events, &cancel), cleaning);
+        cleaned(left);
+        let drained = drained.map_err(lost)?;
+        if drained.heard {
+            let _ = journal.remove();
+        }
+        bytes_sent = 0;
+        stats = Some(drained.stats);
+    } else if told.is_err() {
+        cleaned(cleaning.await);
     } else {
+        cleaned(cleaning.await);
         // Only a source that says that it is done will never ask. One that is merely gone keeps its originals stopped and does.
         let end = tokio::time::timeout(Duration::from_secs(10), wire::recv(&mut link)).await;
         if let Ok(Err(WireError::Link(migrate_transport::LinkError::Closed { clean: true, reason, .. }))) = end
@@ -219,10 +275,67 @@ pub async fn serve<L: Link>(
             ..Default::default()
         },
         total_ms: start.elapsed().as_secs_f64() * 1000.0,
-        bytes_sent: link.bytes_sent(),
+        bytes_sent,
         agent_peak_rss: misc::peak_rss(),
+        pages_lazy: stats.as_ref().map_or(0, |s| s.pulled + s.pushed),
+        fault_latency_us: stats.as_ref().map(|s| s.latency.clone()).unwrap_or_default(),
+        drain: stats.map(|s| crate::report::Drain::of(&s, after.elapsed())),
         ..Default::default()
     })))
+}
+
+/// A further connection of a migration that is under way; or the first one to a receiver that was started again while pages were missing.
+async fn attach<L: Link>(
+    mut link: L,
+    a: Attach,
+    state_dir: &Path,
+    events: &Events,
+    cancel: &CancellationToken,
+    hub: &Hub<L>,
+) -> Result<Served, Failure> {
+    let answered = |_| Ok(Served::Answered);
+    // The second connection is answered at once, long before there is a drain; one for the push by the drain, which asks what is missing.
+    if a.channel == Channel::Faults && hub.knows(&a.id) {
+        let taken = Message::Attached(Attached { missing: Vec::new() });
+        if wire::send(&mut link, &taken).await.is_err() {
+            return Ok(Served::Answered);
+        }
+    }
+    link = match hub.pass(&a.id, a.channel, link) {
+        Ok(()) => return Ok(Served::Answered),
+        Err(link) => link,
+    };
+    let adopted = (a.channel == Channel::Bulk).then(|| Keeper::adopt(state_dir, &a.id));
+    let (keeper, links) = match (adopted, hub.register(&a.id)) {
+        (Some(Ok((keeper, _))), Some(links)) => (keeper, links),
+        _ => {
+            let m = match answer(state_dir, &a.id) {
+                Message::Running(Running { draining: false, .. }) if a.channel == Channel::Bulk => Message::Drained(Box::default()),
+                _ => Message::Aborted("this receiver knows no copy that misses pages".into()),
+            };
+            let _ = wire::send(&mut link, &m).await;
+            return answered(tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await);
+        }
+    };
+    events(Event::Phase { phase: "drain" });
+    events(Event::Note {
+        text: "the program that came before this receiver was started has pages to get: they go on arriving".into(),
+    });
+    let failed = |e: String| Failure::failed("drain", 0, e);
+    let drain = Drain::new(keeper, links).map_err(|e| failed(e.to_string()))?;
+    // As any later connection: it is told what is missing first.
+    hub.pass(&a.id, a.channel, link)
+        .map_err(|_| failed("the connection was lost".into()))?;
+    let drained = drain.run(None, events, cancel).await.map_err(failed)?;
+    if drained.heard
+        && let Ok((journal, _)) = Journal::open(state_dir, &a.id, Side::Destination)
+    {
+        let _ = journal.remove();
+    }
+    events(Event::Note {
+        text: "all pages have arrived".into(),
+    });
+    Ok(Served::Answered)
 }
 
 fn interrupted() -> Failure {
@@ -243,21 +356,30 @@ struct Site<'a> {
     state_dir: &'a Path,
     peer: String,
     copy: Option<Copy>,
+    /// Pages may follow.
+    lazy: bool,
+    keeper: Option<Keeper>,
 }
 
 impl Site<'_> {
     /// Gives the copy this shape: the first time from nothing, later by following; anew when that is not possible, which the source knows too.
-    async fn shape(&mut self, tree: Tree, names: Names, drops: Vec<(u32, u64, u64)>) -> Result<Sink, String> {
+    /// `later`: pages are going to be missing in this shape.
+    async fn shape(&mut self, tree: Tree, names: Names, drops: Vec<(u32, u64, u64)>, later: bool) -> Result<Sink, String> {
         tree.validate().map_err(|e| format!("the source sent a tree that is none: {e}"))?;
         if tree.processes.is_empty() || !names.fit(&tree) {
             return Err("the source sent a tree that is none: it is empty, or its names do not fit".into());
         }
         let mut laps = Laps::start();
+        let lazy = self.lazy;
         if let Some(mut c) = self.copy.take() {
             let (t, n) = (tree.clone(), names.clone());
             let (followed, c) = self
                 .tracer
-                .call(move || (c.rebuild.follow(t, n, &drops), c))
+                .call(move || {
+                    let followed = c.rebuild.follow(t, n, &drops, later);
+                    let followed = followed.and_then(|()| if lazy { Ok(c.rebuild.userfaults()?) } else { Ok(()) });
+                    (followed, c)
+                })
                 .await
                 .map_err(|e| e.to_string())?;
             match followed {
@@ -285,6 +407,7 @@ impl Site<'_> {
             peer: self.peer.clone(),
             since: misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
             boot_id: journal::boot_id(),
+            spaces: Vec::new(),
         };
         let journal = Journal::create(self.state_dir, &entry)
             .map_err(|e| format!("cannot write the journal in {}: {e}", self.state_dir.display()))?;
@@ -297,7 +420,14 @@ impl Site<'_> {
                 } else {
                     Pids::Fresh
                 };
-                Rebuild::skeleton(tree, names, &word, pids, true).map_err(|e| e.to_string())
+                let mut r = Rebuild::skeleton(tree, names, &word, pids, true).map_err(|e| e.to_string())?;
+                if later {
+                    r.no_huge_pages().map_err(|e| e.to_string())?;
+                }
+                if lazy {
+                    r.userfaults().map_err(|e| e.to_string())?;
+                }
+                Ok::<_, String>(r)
             })
             .await
             .map_err(|e| e.to_string())?;
@@ -343,7 +473,7 @@ async fn rounds_and_state<L: Link>(
     rounds: &mut Vec<Round>,
     stdio: StdioFds,
     events: &Events,
-) -> Result<Instant, String> {
+) -> Result<(Instant, Option<Keeper>), String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let mut shown = None;
     let mut background = Background::new();
@@ -380,7 +510,7 @@ async fn rounds_and_state<L: Link>(
             (None, Some(t)) => t.clone(),
             (None, None) => return Err("the source's first round has no tree".into()),
         };
-        let sink = site.shape(tree, names, drops).await?;
+        let sink = site.shape(tree, names, drops, false).await?;
         let shape_ms = began.elapsed().as_secs_f64() * 1000.0;
         let (round, missed) = pages(link, sink.tolerant(), number, bytes, events).await?;
         events(Event::Round(round));
@@ -404,7 +534,7 @@ async fn last<L: Link>(
     state: State,
     stdio: StdioFds,
     events: &Events,
-) -> Result<Instant, String> {
+) -> Result<(Instant, Option<Keeper>), String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let arrived = Instant::now();
     events(Event::Phase { phase: "restore" });
@@ -414,10 +544,14 @@ async fn last<L: Link>(
         drops,
         guards,
         bytes,
+        later,
         verify,
     } = state;
+    if !later.is_empty() && site.keeper.is_none() {
+        return Err("the source wants pages to follow that it had not announced".into());
+    }
     let mut laps = Laps::start();
-    let sink = site.shape(tree, names, drops).await?;
+    let sink = site.shape(tree, names, drops, !later.is_empty()).await?;
     laps.lap("shape");
     let number = rounds.len() as u32 + 1;
     let complete = move |c: &mut Rebuild| c.complete(&stdio, &guards).map_err(|e| e.to_string());
@@ -444,6 +578,12 @@ async fn last<L: Link>(
         None
     };
     laps.lap("pages and state");
+    let armed = if later.is_empty() {
+        Vec::new()
+    } else {
+        site.with(move |c| c.arm(&later).map_err(|e| e.to_string())).await??
+    };
+    laps.lap("register");
     site.with(|c| c.finish().map_err(|e| e.to_string())).await??;
     laps.lap("finish");
     let h = match tokio::time::timeout(PATIENCE, wire::recv(link)).await {
@@ -465,8 +605,26 @@ async fn last<L: Link>(
         }
     }
     laps.lap("handover");
+    let keeper = match site.keeper.take() {
+        Some(keeper) if !armed.is_empty() => Some(start_keeper(keeper, armed).await?),
+        _ => None,
+    };
+    laps.lap("keeper");
     laps.log("restore");
-    Ok(arrived)
+    Ok((arrived, keeper))
+}
+
+/// Hands the copy's memory over to the keeper.
+async fn start_keeper(mut keeper: Keeper, armed: Vec<Armed>) -> Result<Keeper, String> {
+    let start = move || {
+        for a in armed {
+            keeper.take(a)?;
+        }
+        keeper.start()?;
+        Ok(keeper)
+    };
+    let started = tokio::task::spawn_blocking(start).await.map_err(io::Error::other).and_then(|k| k);
+    started.map_err(|e: io::Error| format!("the keeper of the copy's memory is gone: {e}"))
 }
 
 /// Pages that could not be written: (space or object, start, end).
@@ -562,6 +720,7 @@ pub fn answer(state_dir: &Path, id: &str) -> Message {
                 Ok(1) => Message::Running(Running {
                     pid: entry.processes.first().map_or(0, |p| p.0),
                     restore_ms: 0.0,
+                    draining: Keeper::exists(state_dir, id),
                 }),
                 Ok(0) => {
                     // Undecided: while its tasks wait they may still be let go, unless this question decides against them.

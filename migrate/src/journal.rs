@@ -60,6 +60,9 @@ pub struct Entry {
     pub since: u64,
     /// /proc/sys/kernel/random/boot_id.
     pub boot_id: String,
+    /// Source: processes that hold pages the copy does not have yet: (name of the address space, pid).
+    #[serde(default)]
+    pub spaces: Vec<(u32, i32)>,
 }
 
 /// An open journal file. It stays when dropped; [`Journal::remove`] ends it.
@@ -141,6 +144,7 @@ impl Journal {
             peer: String::new(),
             since: crate::sys::misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
             boot_id: boot_id(),
+            spaces: Vec::new(),
         };
         let j = Self::create(state_dir, &entry)?;
         j.file.write_all_at(&2u32.to_le_bytes(), WORD as u64)
@@ -264,6 +268,7 @@ mod tests {
             peer: "h:1".into(),
             since: 7,
             boot_id: boot_id(),
+            spaces: Vec::new(),
         }
     }
 

@@ -41,6 +41,7 @@ pub mod image;
 pub mod inject;
 pub mod journal;
 pub mod laps;
+pub mod lazy;
 pub mod oracle;
 pub mod pages;
 pub mod plan;

@@ -179,17 +179,65 @@ pub struct Report {
     pub pages_lazy: u64,
     /// Fault latency after the resume.
     pub fault_latency_us: FaultLatency,
+    /// The drain, when pages followed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain: Option<Drain>,
     /// Peak resident memory of this agent, bytes.
     pub agent_peak_rss: u64,
 }
 
-/// Fault latency, microseconds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-#[allow(missing_docs)]
+/// The time after the resume in which the rest of the pages arrived.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Drain {
+    /// From the resume to the last page, milliseconds.
+    pub ms: f64,
+    /// Pages that tasks waited for, with those sent along.
+    pub pulled: u64,
+    /// Pages that came by themselves.
+    pub pushed: u64,
+    /// Pages that nobody wanted any more when they came.
+    pub unwanted: u64,
+    /// Faults on pages without content.
+    pub zero_faults: u64,
+    /// Pages that were there although nobody had put them there: each would be a bug.
+    pub anomalies: u64,
+    /// How often the connection was made anew.
+    pub reconnects: u32,
+    /// From a cut to the next page on its way, the longest, milliseconds.
+    pub longest_cut_ms: f64,
+}
+
+impl Drain {
+    /// Of the keeper's figures.
+    pub fn of(s: &crate::lazy::ipc::Stats, took: Duration) -> Drain {
+        Drain {
+            ms: took.as_secs_f64() * 1000.0,
+            pulled: s.pulled,
+            pushed: s.pushed,
+            unwanted: s.unwanted,
+            zero_faults: s.zero_faults,
+            anomalies: s.anomalies,
+            reconnects: 0,
+            longest_cut_ms: 0.0,
+        }
+    }
+}
+
+/// Fault latency, microseconds: from the moment the keeper reads of a fault to the page in place.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultLatency {
+    /// Half of the faults took no longer.
     pub p50: u64,
+    /// Of a hundred faults one took longer.
     pub p99: u64,
+    /// The longest.
     pub max: u64,
+    /// How many.
+    #[serde(default)]
+    pub count: u64,
+    /// How many took less than 1 us, 1, 2 to 3, 4 to 7 us, and so on.
+    #[serde(default)]
+    pub histogram: Vec<u64>,
 }
 
 /// What a failure means for the process.

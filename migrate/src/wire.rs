@@ -11,13 +11,20 @@
 //!   pages      ==================>            what is left
 //!   Handover   ------------------>            from here the destination decides
 //!              <------------------ Running | Aborted
+//!   pages      ==================>            the drain: what follows, on streams of this and of a second connection
+//!              <------------------ Credit     so much is in place
+//!              <------------------ Fault      on the second connection: a task waits for this page
+//!              <------------------ Drained    nothing is missing: the originals may go
 //!   Query      ------------------>            on a new connection, when the answer was lost
 //!              <------------------ Running | Aborted | Pending
+//!   Attach     ------------------>            on a new connection: it is the second one, or takes the place of one that broke in the drain
+//!              <------------------ Attached | Aborted
 //! ```
 
 use crate::{
     blocker::Blocker,
-    image::{Host, Tree, codec},
+    image::{Host, PAGE, Tree, codec},
+    lazy::ipc::Stats,
     restore::rebuild::Names,
 };
 use migrate_transport::{Link, LinkError, Section};
@@ -27,7 +34,7 @@ use serde::{Deserialize, Serialize};
 pub const DONE: &str = "done";
 
 /// Revision of every message here.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// A message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -56,6 +63,84 @@ pub enum Message {
     Round(Box<RoundStart>),
     /// A round is in the skeleton's memory.
     Applied(Applied),
+    /// This connection belongs to a migration that is under way.
+    Attach(Attach),
+    /// It does.
+    Attached(Attached),
+    /// A task waits for a page.
+    Fault(Fault),
+    /// Bytes of memory that were pushed and are in place.
+    Credit(u64),
+    /// Nothing is missing any more.
+    Drained(Box<Stats>),
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Channel {
+    /// The control stream of the drain, and its push.
+    Bulk,
+    /// Faults and what answers them.
+    Faults,
+}
+
+/// A connection of a migration that is under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attach {
+    /// Which migration.
+    pub id: String,
+    /// What it is for.
+    pub channel: Channel,
+}
+
+/// It is taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// On [`Channel::Bulk`]: what the copy misses.
+    pub missing: Vec<Ranges>,
+}
+
+/// A page that a task waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// Name of its address space.
+    pub space: u32,
+    /// Its address at the freeze.
+    pub at: u64,
+}
+
+/// Ranges of a space, packed: pages between the end of the one before and the start, pages in it, and so on. Small numbers are short on the wire, and
+/// a page here and there is the usual case.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ranges {
+    /// The space.
+    pub space: u32,
+    deltas: Vec<u64>,
+}
+
+impl Ranges {
+    /// Of ascending ranges.
+    pub fn pack(space: u32, ranges: &[(u64, u64)]) -> Ranges {
+        let mut last = 0;
+        let mut deltas = Vec::with_capacity(ranges.len() * 2);
+        for (a, b) in ranges {
+            deltas.extend([(a - last) / PAGE, (b - a) / PAGE]);
+            last = *b;
+        }
+        Ranges { space, deltas }
+    }
+
+    /// The ranges; None: they are none, or end beyond every address.
+    pub fn unpack(&self) -> Option<Vec<(u64, u64)>> {
+        let mut at = 0u64;
+        let (pairs, rest) = self.deltas.as_chunks::<2>();
+        let ranges = pairs.iter().map(|[gap, len]| {
+            let start = gap.checked_mul(PAGE)?.checked_add(at)?;
+            at = len.checked_mul(PAGE)?.checked_add(start)?;
+            (*len > 0 && at < 1 << 56).then_some((start, at))
+        });
+        ranges.collect::<Option<Vec<_>>>().filter(|_| rest.is_empty())
+    }
 }
 
 /// A running tree as the source sees it.
@@ -69,6 +154,8 @@ pub struct Inventory {
     pub check_only: bool,
     /// The original goes on running, so exclusive things cannot be shared with it.
     pub leave_running: bool,
+    /// Pages may follow after the resume.
+    pub lazy: bool,
 }
 
 /// The destination is ready.
@@ -123,7 +210,9 @@ pub struct State {
     pub guards: Vec<Vec<(u64, u64)>>,
     /// Bytes of pages that follow.
     pub bytes: u64,
-    /// Hashes of all pages come with the handover.
+    /// Pages that follow after the resume.
+    pub later: Vec<Ranges>,
+    /// Hashes of all pages but those come with the handover.
     pub verify: bool,
 }
 
@@ -145,6 +234,8 @@ pub struct Running {
     pub pid: i32,
     /// Milliseconds spent on building the copy after the state had arrived.
     pub restore_ms: f64,
+    /// Pages are missing still.
+    pub draining: bool,
 }
 
 impl Message {
@@ -162,6 +253,11 @@ impl Message {
             Message::Probe(_) => 10,
             Message::Round(_) => 11,
             Message::Applied(_) => 12,
+            Message::Attach(_) => 13,
+            Message::Attached(_) => 14,
+            Message::Fault(_) => 15,
+            Message::Credit(_) => 16,
+            Message::Drained(_) => 17,
         }
     }
 
@@ -181,6 +277,11 @@ impl Message {
             "Probe",
             "Round",
             "Applied",
+            "Attach",
+            "Attached",
+            "Fault",
+            "Credit",
+            "Drained",
         ][self.kind() as usize]
     }
 }
@@ -260,5 +361,17 @@ mod tests {
     fn kinds_and_names_agree() {
         assert_eq!(Message::Pending.name(), "Pending");
         assert_eq!(Message::Aborted(String::new()).name(), "Aborted");
+        assert_eq!(Message::Drained(Box::default()).name(), "Drained");
+    }
+
+    #[test]
+    fn packed_ranges_come_back() {
+        let ranges = vec![(0x1000, 0x3000), (0x5000, 0x6000), (0x7fff_ffff_0000, 0x7fff_ffff_f000)];
+        let packed = Ranges::pack(7, &ranges);
+        assert_eq!(packed.unpack(), Some(ranges));
+        assert_eq!(Ranges::pack(7, &[]).unpack(), Some(Vec::new()));
+        for deltas in [vec![1], vec![1, 0], vec![u64::MAX, 1], vec![1, u64::MAX], vec![1 << 44, 1]] {
+            assert_eq!(Ranges { space: 0, deltas }.unpack(), None);
+        }
     }
 }

@@ -210,7 +210,13 @@ fn a_random_workload_with_soft_dirty() {
     let vms = two_machines!(OLD, NEW);
     let how = ["--mode", "pre-copy", "--tracker", "soft-dirty", "--max-rounds", "2"];
     let mut on = None;
-    let options = [("mib", "4"), ("regions", "20"), ("ops-per-second", "800")];
+    // An emulated cpu: the agent has to get its share of it.
+    let options = [
+        ("mib", "2"),
+        ("regions", "16"),
+        ("ops-per-second", "100"),
+        ("others-rest-us", "40000"),
+    ];
     let start = |options: &[(&str, &str)]| vms.a.guest("soak", options);
     migrate_harness::soak(&how, 2, Duration::from_secs(60), &options, start, |guest| {
         let (vm, pid) = on.unwrap_or((&vms.a, guest.pid));

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// An address space (the kernel's `mm_struct`), shared by the threads of a process.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mm {
     /// Mappings in ascending, disjoint order.
     pub vmas: Vec<Vma>,

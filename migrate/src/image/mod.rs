@@ -102,7 +102,7 @@ impl Tree {
 }
 
 /// What the destination must match, or can be told about, of the machine a tree was frozen on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Host {
     /// `uname -n`.
     pub hostname: String,

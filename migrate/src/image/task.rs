@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// A process: a thread group and what its threads share.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Process {
     /// Thread-group id.
     pub pid: i32,

@@ -46,7 +46,9 @@ pub type Drops = [(u32, u64, u64)];
 
 impl Rebuild {
     /// Becomes the skeleton of another shape of the tree. After an error it is good for nothing but being dropped.
-    pub fn follow(&mut self, new: Tree, names: Names, drops: &Drops) -> Result<(), FollowError> {
+    ///
+    /// `lazy`: some of what is dropped will be missing when the copy runs.
+    pub fn follow(&mut self, new: Tree, names: Names, drops: &Drops, lazy: bool) -> Result<(), FollowError> {
         let mut laps = Laps::start();
         if !names.fit(&new) {
             return Err(failed("name the address spaces").into());
@@ -94,6 +96,9 @@ impl Rebuild {
         laps.lap("processes");
         let former: Vec<Option<i32>> = shape.from.iter().map(|f| f.map(|o| old.processes[o].pgid)).collect();
         self.groups(&former)?;
+        if lazy {
+            self.no_huge_pages()?;
+        }
         self.drop_pages(drops)?;
         let live: std::collections::HashSet<u32> = self.names.spaces.iter().chain(&self.names.objects).copied().collect();
         self.written.retain(|name| live.contains(name));
@@ -116,6 +121,7 @@ impl Rebuild {
             for slot in std::mem::take(&mut self.slots[o]) {
                 self.pilots.give_back(slot);
             }
+            self.userfaults.remove(&self.pids[o]);
             self.pids[o] = 0;
         }
         Ok(())

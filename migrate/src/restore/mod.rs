@@ -3,6 +3,7 @@
 pub mod fds;
 pub mod follow;
 pub mod init;
+mod lazy;
 pub mod mm;
 pub mod pilots;
 pub mod plan;

@@ -20,7 +20,7 @@ use crate::{
         self, maps, stat, status,
         timens::{self, Offsets},
     },
-    sys::{mem::Mem, misc, ptrace},
+    sys::{mem::Mem, misc, ptrace, uffd::Userfault},
     tracer::wait_stop_once,
 };
 use serde::{Deserialize, Serialize};
@@ -85,6 +85,10 @@ pub struct Rebuild {
     fresh_files: bool,
     /// oom_score_adj and coredump_filter, as set, by the agent's pids.
     procfs_set: HashMap<i32, (i16, u32)>,
+    /// By the agent's pids, when pages may follow.
+    pub(super) userfaults: HashMap<i32, Userfault>,
+    /// Huge pages are switched off until the release.
+    pub(super) huge_pages_off: bool,
 }
 
 /// What the address spaces and objects of a tree are called in page runs.
@@ -189,6 +193,8 @@ impl Rebuild {
             fresh_files,
             fresh: pids == Pids::Fresh,
             procfs_set: HashMap::new(),
+            userfaults: HashMap::new(),
+            huge_pages_off: false,
         };
         r.root(theirs)?;
         r.descend(0, &steps)?;
@@ -682,6 +688,9 @@ impl Rebuild {
                     b.call("close the descriptor socket", libc::SYS_close, &[self.socket_number]);
                 }
                 b.pseudo("wait for the release", pilot::HOLD, 0);
+                if k == 0 {
+                    self.huge_pages_again(&mut b, tree.mms[tree.processes[i].mm as usize].thp_disable);
+                }
                 // Not before: the kernel writes to it, and the page it lies in may be on its way.
                 if let Some(r) = &t.rseq {
                     b.call("register rseq", libc::SYS_rseq, &[r.address, r.len as u64, 0, r.signature as u64]);

@@ -6,6 +6,7 @@ use crate::{
     dump::{self, mm::Cache, pages},
     image::{Host, Tree},
     inject::{InjectError, Injector},
+    lazy::{self, serve::Originals},
     pages::PageSet,
     report::Failure,
     restore::rebuild::Names,
@@ -73,6 +74,10 @@ pub struct Snapshot {
     pub object_fds: Vec<std::os::fd::OwnedFd>,
     /// Pages to send.
     pub plans: Vec<pages::SpacePlan>,
+    /// Pages to send after the resume.
+    pub later: Vec<pages::SpacePlan>,
+    /// Of the pages to send, those of which the destination may hold an older version, by space.
+    pub held: Vec<(u32, PageSet)>,
     /// Memory that the destination holds and that is untouched now.
     pub drops: Vec<(u32, u64, u64)>,
     /// Guard regions.
@@ -195,7 +200,7 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
                 names: Names::plain(&d.tree),
                 plans,
                 guards,
-                drops: Vec::new(),
+                ..Default::default()
             }),
         };
         scan = began.elapsed();
@@ -222,6 +227,8 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
         pids: d.pids,
         object_fds: d.object_fds,
         plans: last.plans,
+        later: Vec::new(),
+        held: last.held,
         drops: last.drops,
         guards: last.guards,
         since,
@@ -238,6 +245,8 @@ pub struct Last {
     pub names: Names,
     /// Pages to send.
     pub plans: Vec<pages::SpacePlan>,
+    /// Of these, those of which the destination may hold an older version, by space.
+    pub held: Vec<(u32, PageSet)>,
     /// Guard regions, by address space.
     pub guards: Vec<pages::Guards>,
     /// Memory that is untouched now.
@@ -248,6 +257,51 @@ impl Last {
     /// The ranges of a set as guard regions.
     pub fn ranges(set: &PageSet) -> pages::Guards {
         set.ranges().to_vec()
+    }
+}
+
+impl Snapshot {
+    /// The processes whose pages follow: (name of the address space, pid).
+    pub fn spaces_later(&self) -> Vec<(u32, i32)> {
+        let pid = |space: u32| {
+            let mm = self.names.spaces.iter().position(|n| *n == space)?;
+            let mut live = self.tree.processes.iter().zip(&self.pids).filter(|(p, _)| p.zombie.is_none());
+            live.find(|(p, _)| p.mm as usize == mm).map(|(_, pid)| (space, *pid))
+        };
+        self.later.iter().filter_map(|p| pid(p.space)).collect()
+    }
+
+    /// What reads the pages that follow.
+    pub fn originals(&self) -> io::Result<Originals> {
+        let readers = self.later.iter().map(|p| Ok((p.space, open_reader(p.space, self)?)));
+        Ok(Originals {
+            readers: readers.collect::<io::Result<_>>()?,
+        })
+    }
+
+    /// Takes the pages that follow out of a list of hashes, which goes by the indices of address spaces.
+    pub fn without_later(&self, hashes: &mut Vec<(u32, u64, u64)>) {
+        for plan in &self.later {
+            let Some(mm) = self.names.spaces.iter().position(|n| *n == plan.space) else {
+                continue;
+            };
+            let set = PageSet::from_ranges(plan.ranges.iter().copied());
+            hashes.retain(|h| h.0 as usize != mm || !set.contains(h.1));
+        }
+    }
+
+    /// Takes out of the pages to send those that can follow after the resume, beyond `budget` bytes; what the destination holds of them goes.
+    pub fn put_off(&mut self, budget: u64) {
+        let split = lazy::split(&self.tree, &self.names, std::mem::take(&mut self.plans), budget);
+        for plan in &split.later {
+            let held = self.held.iter().filter(|(space, _)| *space == plan.space);
+            let later = PageSet::from_ranges(plan.ranges.iter().copied());
+            for (space, held) in held {
+                self.drops
+                    .extend(held.intersection(&later).ranges().iter().map(|r| (*space, r.0, r.1)));
+            }
+        }
+        (self.plans, self.later) = (split.now, split.later);
     }
 }
 

@@ -15,9 +15,10 @@ mod transfer;
 use crate::{
     dump::{self, mm::Cache, tree::Dumped},
     journal::{self, Entry, Journal, Side, Stage},
+    lazy::serve::{self, Refusal, ServeError},
     oracle,
     procfs::{stat, status},
-    report::{Class, Downtime, Event, Events, Failure, Mode, Report, SendOptions},
+    report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Report, SendOptions},
     sys::{misc, priority::Background},
     tracer::Tracer,
     track,
@@ -160,14 +161,18 @@ pub async fn send<C: Connector>(
     if !inv.blockers.is_empty() {
         return Err(Failure::refused("preflight", pid, "the tree cannot move", inv.blockers));
     }
-    if matches!(options.mode, Mode::Hybrid | Mode::PostCopy) {
-        return Err(
-            Failure::refused("preflight", pid, format!("mode {:?} is not built yet", options.mode), Vec::new())
-                .with_fix("use --mode pre-copy or --mode stop"),
-        );
+    let mut options = options;
+    if options.leave_running && matches!(options.mode, Mode::Hybrid | Mode::PostCopy) {
+        // The original could not go on before the last page has left it.
+        events(Event::Note {
+            text: "--leave-running: no pages follow after the resume, all of them are sent before it (as with --mode pre-copy)".into(),
+        });
+        options.mode = Mode::PreCopy;
     }
+    let options = options;
+    let lazy = matches!(options.mode, Mode::Hybrid | Mode::PostCopy);
     let kind = match options.mode {
-        Mode::Stop => None,
+        Mode::Stop | Mode::PostCopy => None,
         _ => Some(track::choose(options.tracker).map_err(|e| {
             Failure::refused("preflight", pid, e, Vec::new()).with_fix("use --mode stop; `migrate check` says what this kernel offers")
         })?),
@@ -189,6 +194,7 @@ pub async fn send<C: Connector>(
         tree: inv.tree.clone(),
         check_only: options.dry_run,
         leave_running: options.leave_running,
+        lazy,
     });
     let answer = async {
         wire::send(&mut link, &message).await?;
@@ -222,6 +228,20 @@ pub async fn send<C: Connector>(
                 "{} instead of an answer to the inventory",
                 other.name()
             ))));
+        }
+    }
+    let mut faults = None;
+    if lazy && !options.dry_run {
+        // Now, so that no handshake is waited for when a task waits for a page.
+        match serve::attach(&connector, &id, wire::Channel::Faults).await {
+            Ok((link, _)) => faults = Some(link),
+            Err(Refusal::Refused(why) | Refusal::Unreachable(why)) => {
+                let m = format!(
+                    "no second connection to {} for pages on demand: {why}; the program runs on here",
+                    connector.name()
+                );
+                return Err(Failure::failed("connect", pid, m));
+            }
         }
     }
     let tracer = Tracer::start().map_err(|e| Failure::failed("freeze", pid, e))?;
@@ -277,6 +297,7 @@ pub async fn send<C: Connector>(
             let t_transfer = Instant::now();
             // Written while the pages are on their way. It says nothing untrue yet: whoever asks because of it hears that the copy was never resumed.
             let (dir, id, pids, peer) = (state_dir.clone(), id.clone(), snap.pids.clone(), connector.name());
+            let spaces = snap.spaces_later();
             journal = Some(tokio::task::spawn_blocking(move || {
                 let entry = Entry {
                     id,
@@ -286,8 +307,9 @@ pub async fn send<C: Connector>(
                     peer,
                     since: misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
                     boot_id: journal::boot_id(),
+                    spaces,
                 };
-                Journal::create(&dir, &entry)
+                Journal::create(&dir, &entry).map(|j| (j, entry))
             }));
             let terms = job.terms();
             let number = job.rounds.len() as u32 + 1;
@@ -310,7 +332,7 @@ pub async fn send<C: Connector>(
         Ok(r) => r,
         Err(mut e) => {
             thaw(&tracer).await;
-            if let Some(Ok(j)) = journal {
+            if let Some(Ok((j, _))) = journal {
                 let _ = j.remove();
             }
             // A receiver that gave up says why on the control stream.
@@ -324,7 +346,7 @@ pub async fn send<C: Connector>(
     rounds.push(round);
 
     phase("handover");
-    let journal = match journal.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into())) {
+    let (mut journal, mut entry) = match journal.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into())) {
         Ok(j) => j,
         Err(e) => {
             thaw(&tracer).await;
@@ -339,7 +361,10 @@ pub async fn send<C: Connector>(
     let t_handover = Instant::now();
     let hashes = if verify {
         match oracle::hashes(&snap.tree, &snap.pids, &snap.object_fds) {
-            Ok(h) => Some(h),
+            Ok(mut h) => {
+                snap.without_later(&mut h);
+                Some(h)
+            }
             Err(e) => {
                 thaw(&tracer).await;
                 let _ = journal.remove();
@@ -405,6 +430,57 @@ pub async fn send<C: Connector>(
     let downtime = snap.since.elapsed();
     let handover_ms = ms(t_handover.elapsed());
     let transfer_ms = ms(t_handover - t_transfer);
+    let mut drain = None;
+    let mut latency = Default::default();
+    let mut bytes_sent = link.bytes_sent();
+    let after = Instant::now();
+    if !snap.later.is_empty() {
+        phase("drain");
+        entry.stage = Stage::Running;
+        let _ = journal.update(&entry);
+        let originals = match snap.originals() {
+            Ok(o) => o,
+            Err(e) => {
+                freeze::abandon(&tracer).await;
+                return Err(lost_later(&connector, &id, pid, &format!("the originals cannot be read: {e}")));
+            }
+        };
+        let ranges = snap
+            .later
+            .iter()
+            .flat_map(|p| p.ranges.iter().map(|r| (p.space, r.0, r.1)))
+            .collect();
+        let job = serve::Drain {
+            connector: &connector,
+            id: &id,
+            originals: Arc::new(originals),
+            bandwidth: options.bandwidth,
+            events: &events,
+            cancel: &cancel,
+        };
+        let links = faults.take().map(|f| (link, f));
+        match job.run(links, ranges).await {
+            Ok(served) => {
+                latency = served.stats.latency.clone();
+                let mut d = Drain::of(&served.stats, after.elapsed());
+                d.reconnects = served.reconnects;
+                d.longest_cut_ms = ms(served.longest_cut);
+                drain = Some((d, served.sent));
+                bytes_sent += served.bytes;
+                link = served.link;
+            }
+            Err(e) => {
+                // The originals are all there is of what has not arrived: they stay.
+                freeze::abandon(&tracer).await;
+                let why = match e {
+                    ServeError::Refused(why) => format!("{} says: {why}", connector.name()),
+                    ServeError::Read(e) => format!("the originals cannot be read: {e}"),
+                    ServeError::Interrupted => "interrupted".into(),
+                };
+                return Err(lost_later(&connector, &id, pid, &why));
+            }
+        }
+    }
     phase("end");
     if options.leave_running {
         thaw(&tracer).await;
@@ -413,8 +489,11 @@ pub async fn send<C: Connector>(
     }
     drop(tracked);
     let _ = journal.remove();
-    let bytes_sent = link.bytes_sent();
+    if drain.is_none() {
+        bytes_sent = link.bytes_sent();
+    }
     link.close(wire::DONE).await;
+    let (drain, late) = drain.map_or((None, (0, 0)), |(d, late)| (Some(d), late));
     Ok(Report {
         outcome: "migrated".into(),
         id,
@@ -422,8 +501,11 @@ pub async fn send<C: Connector>(
         restored_pid: running.pid,
         processes: snap.tree.processes.len() as u32,
         threads: snap.tree.processes.iter().map(|p| p.threads.len() as u32).sum(),
-        pages_sent: rounds.iter().map(|r| r.pages).sum(),
-        pages_zero: rounds.iter().map(|r| r.zero_pages).sum(),
+        pages_sent: rounds.iter().map(|r| r.pages).sum::<u64>() + late.0,
+        pages_zero: rounds.iter().map(|r| r.zero_pages).sum::<u64>() + late.1,
+        pages_lazy: late.0 + late.1,
+        fault_latency_us: latency,
+        drain,
         rounds,
         downtime_ms: ms(downtime),
         downtime: Downtime {
@@ -439,6 +521,21 @@ pub async fn send<C: Connector>(
         agent_peak_rss: misc::peak_rss(),
         ..Default::default()
     })
+}
+
+/// The copy runs, and something keeps its last pages here.
+fn lost_later<C: Connector>(connector: &C, id: &str, pid: i32, why: &str) -> Failure {
+    Failure {
+        class: Class::Unknown,
+        phase: "drain",
+        pid,
+        message: format!(
+            "the program runs at {} and waits for pages that are still here, in the stopped original ({why})",
+            connector.name()
+        ),
+        fix: Some(format!("to go on sending them: migrate recover {id}")),
+        blockers: Vec::new(),
+    }
 }
 
 /// Asks on new connections what became of a migration, with growing pauses.

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     image::{Host, PAGE},
     plan::{Decision, Planner, RoundFacts},
-    report::{Event, Events, Failure, Round, SendOptions},
+    report::{Event, Events, Failure, Mode, Round, SendOptions},
     sys::priority::Background,
     tracer::Tracer,
     wire::WireError,
@@ -18,6 +18,9 @@ use crate::{
 use migrate_transport::Link;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
+
+/// Transfers of this length are not put off.
+const WORTH_WAITING: Duration = Duration::from_millis(1);
 
 /// One `send` between the preflight and the frozen tree.
 pub struct Job<'a> {
@@ -49,6 +52,16 @@ impl Job<'_> {
         }
     }
 
+    /// Bytes of pages that could follow after the resume, and are sent within the freeze all the same: what the link carries in the time that it
+    /// would take to get ready for more.
+    pub fn budget(&self) -> u64 {
+        match self.options.mode {
+            Mode::Stop | Mode::PreCopy => u64::MAX,
+            Mode::PostCopy => 0,
+            Mode::Hybrid => (self.terms().rate * WORTH_WAITING.as_secs_f64()) as u64,
+        }
+    }
+
     /// Pre-copies, with `tracked`, until the planner says to freeze; then freezes.
     pub async fn until_frozen<L: Link>(&mut self, link: &mut L, tracked: Option<&Shared>) -> Result<Snapshot, Failure> {
         if let Some(t) = tracked {
@@ -60,7 +73,12 @@ impl Job<'_> {
         let mut retry = Retry::new(self.pid);
         loop {
             match freeze_now(self.tracer, self.pid, &self.host, tracked.cloned()).await? {
-                Ok(s) => return Ok(s),
+                Ok(mut s) => {
+                    if self.budget() < u64::MAX {
+                        s.put_off(self.budget());
+                    }
+                    return Ok(s);
+                }
                 Err(blockers) => retry.pause(blockers, self.cancel).await?,
             }
             // What was written while waiting for a better moment would lengthen the freeze.
@@ -114,11 +132,27 @@ impl Job<'_> {
                     }
                     break;
                 }
-                Decision::GoLazy { .. } => break,
+                Decision::GoLazy { lazy, why, .. } => {
+                    (self.events)(Event::Note {
+                        text: format!(
+                            "about {} MiB follow after the resume: more rounds would not help ({})",
+                            (lazy >> 20).max(1),
+                            why.name()
+                        ),
+                    });
+                    break;
+                }
             }
         }
-        // What the last look found is owed: the freeze sends it.
+        // What the last look found is owed: the freeze sends it, or what follows.
+        let dirty = prepared.dirty;
         self.tracks(tracked)?.unsent(&prepared);
+        if self.options.mode == Mode::Hybrid && dirty > self.budget() {
+            let gone = self.tracks(tracked)?.let_go();
+            if let Some(p) = gone {
+                self.round(link, tracked, p).await?;
+            }
+        }
         Ok(())
     }
 

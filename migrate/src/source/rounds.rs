@@ -118,6 +118,22 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    fn nothing() -> Prepared {
+        Prepared {
+            tree: None,
+            names: Names::default(),
+            drops: Vec::new(),
+            plans: Vec::new(),
+            dirty: 0,
+            hot: 0,
+            dirtied: 0,
+            stopped: Duration::ZERO,
+            read: Duration::ZERO,
+            last_scan: Duration::ZERO,
+            untracked: Vec::new(),
+        }
+    }
+
     /// Bytes of memory to send.
     pub fn bytes(&self) -> u64 {
         self.plans.iter().map(|(plan, _)| plan.bytes()).sum()
@@ -229,6 +245,33 @@ impl Rounds {
             .flat_map(|(plan, _)| plan.ranges.iter().map(|r| (plan.space, r.0, r.1)))
             .collect();
         self.missed(&pages);
+    }
+
+    /// Everything owed that the destination has an older version of is going to be missing there when the copy runs: it can drop that already while
+    /// the program runs on. A round without pages that says so; None: it is not worth one.
+    pub fn let_go(&mut self) -> Option<Prepared> {
+        let (tree, names) = self.tracks.told.as_ref()?;
+        let mut drops = std::mem::take(&mut self.tracks.drops);
+        for s in self.tracks.spaces.values_mut() {
+            let Some(mm) = names.spaces.iter().position(|n| *n == s.name).and_then(|m| tree.mms.get(m)) else {
+                continue;
+            };
+            let can = mm.vmas.iter().filter(|v| crate::lazy::can_wait(v));
+            let can = PageSet::from_ranges(can.map(|v| (v.start, v.end)));
+            let stale = s.owed.intersection(&s.held).intersection(&can);
+            drops.extend(stale.ranges().iter().map(|r| (s.name, r.0, r.1)));
+            s.held.subtract(&stale);
+        }
+        if drops.is_empty() {
+            return None;
+        }
+        // Until the round was sent.
+        self.tracks.drops.clone_from(&drops);
+        Some(Prepared {
+            names: names.clone(),
+            drops,
+            ..Prepared::nothing()
+        })
     }
 
     /// Pages that a round planned and could not read: still owed.
@@ -367,17 +410,8 @@ impl Rounds {
         t.forget(d);
         t.account(&d.tree, &names);
         let mut out = Prepared {
-            tree: None,
             names: names.clone(),
-            drops: Vec::new(),
-            plans: Vec::new(),
-            dirty: 0,
-            hot: 0,
-            dirtied: 0,
-            stopped: Duration::ZERO,
-            read: Duration::ZERO,
-            last_scan: Duration::ZERO,
-            untracked: Vec::new(),
+            ..Prepared::nothing()
         };
         for ((p, pid), started) in d.tree.processes.iter().zip(&d.pids).zip(&d.started) {
             let Some(s) = t.spaces.get_mut(&(*pid, *started)).filter(|_| p.zombie.is_none()) else {
@@ -618,7 +652,11 @@ impl Tracks {
             }
             let mm = &d.tree.mms[p.mm as usize];
             let (whole, all_guards) = match self.spaces.get_mut(&(*pid, *started)) {
-                Some(s) if s.tracker.is_some() => s.last(&mm.vmas, &mut out.drops)?,
+                Some(s) if s.tracker.is_some() => {
+                    let (whole, guards) = s.last(&mm.vmas, &mut out.drops)?;
+                    out.held.push((s.name, s.held.intersection(&whole)));
+                    (whole, guards)
+                }
                 // Never looked at: everything.
                 other => {
                     let name = other.map_or(names.spaces[p.mm as usize], |s| s.name);

@@ -12,7 +12,7 @@ use crate::{
     laps::Laps,
     plan,
     report::{Event, Events, Round},
-    wire::{self, Applied, Message, RoundStart, State, WireError},
+    wire::{self, Applied, Message, Ranges, RoundStart, State, WireError},
 };
 use migrate_transport::{Encoding, Link, PageSender, sample_compression};
 use std::{
@@ -112,6 +112,7 @@ pub async fn last<L: Link>(
         drops: std::mem::take(&mut snap.drops),
         guards: std::mem::take(&mut snap.guards),
         bytes: total,
+        later: snap.later.iter().map(|p| Ranges::pack(p.space, &p.ranges)).collect(),
         verify,
     }));
     let sent = wire::send(link, &message).await;

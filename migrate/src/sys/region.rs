@@ -19,6 +19,8 @@ pub struct Region {
 
 // SAFETY: the mapping is plain shared memory without thread affinity.
 unsafe impl Send for Region {}
+// SAFETY: all access is by copy through raw pointers, or atomic; who may write where is a matter of what both ends agreed on.
+unsafe impl Sync for Region {}
 
 impl Region {
     /// Maps `file` (at offset 0) anywhere; the tasks see it at `remote`.
@@ -80,6 +82,11 @@ impl Region {
         );
         // SAFETY: inside the mapping, by the assertion.
         unsafe { self.local.add(offset) }
+    }
+
+    /// Address of some bytes in this process, for a call that reads them.
+    pub fn local(&self, offset: usize, len: usize) -> u64 {
+        self.at(offset, len) as u64
     }
 
     /// Copies bytes in.

@@ -1,8 +1,11 @@
-//! userfaultfd(2): what the kernel offers, and write-protect tracking of another process's memory through its descriptor.
+//! userfaultfd(2): what the kernel offers; write-protect tracking of another process's memory, and filling its missing pages, through its descriptor.
+//!
+//! Constants and layouts are those of `linux/userfaultfd.h`; what the calls do is in userfaultfd(2), ioctl_userfaultfd(2) and the kernel's
+//! admin-guide/mm/userfaultfd.
 
 use std::{
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
 };
 
 /// UFFD_FEATURE_WP_ASYNC.
@@ -38,6 +41,21 @@ pub fn features() -> io::Result<u64> {
     Ok(api.features)
 }
 
+/// Whether this process can fill missing pages of others and hear of their forks. Err: why not.
+pub fn missing_works() -> io::Result<()> {
+    let has = features().map_err(|e| io::Error::new(e.kind(), format!("userfaultfd(2): {e}")))?;
+    if has & EVENTS != EVENTS {
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this kernel's userfaultfd lacks events (Linux 4.11)",
+        ));
+    }
+    // SAFETY: no pointers.
+    let fd = super::check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Userfault::agree(unsafe { OwnedFd::from_raw_fd(fd as i32) }, EVENTS).map(drop)
+}
+
 #[repr(C)]
 struct Register {
     start: u64,
@@ -48,7 +66,102 @@ struct Register {
 const _: () = assert!(size_of::<Register>() == 32);
 // _IOWR(0xAA, 0x00, struct uffdio_register)
 const UFFDIO_REGISTER: u64 = 3 << 30 | 32 << 16 | 0xaa << 8;
+const MODE_MISSING: u64 = 1;
 const MODE_WP: u64 = 2;
+
+/// What a copy's userfaultfd needs: every event that moves memory about, and missing pages of shared memory.
+const EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6;
+
+#[repr(C)]
+struct Copy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copied: i64,
+}
+// _IOWR(0xAA, 0x03, struct uffdio_copy)
+const UFFDIO_COPY: u64 = 3 << 30 | 40 << 16 | 0xaa << 8 | 0x03;
+
+#[repr(C)]
+struct Zeropage {
+    start: u64,
+    len: u64,
+    mode: u64,
+    done: i64,
+}
+// _IOWR(0xAA, 0x04, struct uffdio_zeropage)
+const UFFDIO_ZEROPAGE: u64 = 3 << 30 | 32 << 16 | 0xaa << 8 | 0x04;
+
+#[repr(C)]
+struct Range {
+    start: u64,
+    len: u64,
+}
+// _IOR(0xAA, 0x02, struct uffdio_range)
+const UFFDIO_WAKE: u64 = 2 << 30 | 16 << 16 | 0xaa << 8 | 0x02;
+
+/// What a userfaultfd tells.
+#[derive(Debug)]
+pub enum Message {
+    /// A task waits for the page at this address.
+    Fault {
+        /// Page aligned.
+        address: u64,
+    },
+    /// The process has forked; the child's own userfaultfd.
+    Fork(Userfault),
+    /// mremap(2) has moved memory.
+    Remap {
+        /// From here
+        from: u64,
+        /// to here,
+        to: u64,
+        /// so many bytes.
+        len: u64,
+    },
+    /// madvise(2) drops this range: what it held is not wanted any more.
+    Remove {
+        /// First byte.
+        start: u64,
+        /// Behind the last.
+        end: u64,
+    },
+    /// munmap(2), or another mapping in its place.
+    Unmap {
+        /// First byte.
+        start: u64,
+        /// Behind the last.
+        end: u64,
+    },
+}
+
+/// Why pages could not be put in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FillError {
+    /// EAGAIN: an event waits to be read, after which the memory may be somewhere else.
+    Event,
+    /// EEXIST: the page is there already.
+    There,
+    /// ENOENT: no registered mapping there, or more than one.
+    NoMapping,
+    /// ESRCH: the address space is no more.
+    Gone,
+    /// Something else, by its errno: ENOMEM above all.
+    Other(i32),
+}
+
+impl FillError {
+    fn of(errno: i32) -> FillError {
+        match errno {
+            libc::EAGAIN => FillError::Event,
+            libc::EEXIST => FillError::There,
+            libc::ENOENT => FillError::NoMapping,
+            libc::ESRCH => FillError::Gone,
+            e => FillError::Other(e),
+        }
+    }
+}
 
 /// A userfaultfd of another process, taken from it with pidfd_getfd(2); it works on that process's addresses.
 #[derive(Debug)]
@@ -59,6 +172,16 @@ pub struct Userfault {
 impl Userfault {
     /// Takes the descriptor numbered `fd` in process `pid` and agrees on asynchronous write protection.
     pub fn take(pid: i32, fd: i32) -> io::Result<Userfault> {
+        Self::take_with(pid, fd, WP_ASYNC | WP_SHMEM)
+    }
+
+    /// Takes the descriptor numbered `fd` in process `pid` and agrees on filling its missing pages. EPERM without CAP_SYS_PTRACE, which the
+    /// events of forks need.
+    pub fn take_missing(pid: i32, fd: i32) -> io::Result<Userfault> {
+        Self::take_with(pid, fd, EVENTS)
+    }
+
+    fn take_with(pid: i32, fd: i32, features: u64) -> io::Result<Userfault> {
         // SAFETY: no pointers.
         let pidfd = super::check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
         // SAFETY: a fresh descriptor that nobody else owns.
@@ -67,9 +190,13 @@ impl Userfault {
         let fd = super::check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?;
         // SAFETY: a fresh descriptor that nobody else owns.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        Self::agree(fd, features)
+    }
+
+    fn agree(fd: OwnedFd, features: u64) -> io::Result<Userfault> {
         let mut api = Api {
             api: 0xaa,
-            features: WP_ASYNC | WP_SHMEM,
+            features,
             ioctls: 0,
         };
         // SAFETY: `api` outlives the call.
@@ -79,13 +206,114 @@ impl Userfault {
 
     /// Registers a range for write protection. EBUSY: another userfaultfd has it; EINVAL: not all of it is mapped, or cannot be tracked.
     pub fn register(&self, start: u64, end: u64) -> io::Result<()> {
+        self.register_with(start, end, MODE_WP)
+    }
+
+    /// Registers a range for missing pages, with the same errors; EPERM: shared memory that the process may not write to.
+    pub fn register_missing(&self, start: u64, end: u64) -> io::Result<()> {
+        self.register_with(start, end, MODE_MISSING)
+    }
+
+    fn register_with(&self, start: u64, end: u64, mode: u64) -> io::Result<()> {
         let mut r = Register {
             start,
             len: end - start,
-            mode: MODE_WP,
+            mode,
             ioctls: 0,
         };
         // SAFETY: `r` outlives the call.
         super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut r) } as i64).map(drop)
     }
+
+    /// A userfaultfd that came from somewhere else, with its features agreed on.
+    pub fn from_fd(fd: OwnedFd) -> Userfault {
+        Userfault { fd }
+    }
+
+    /// Reads what there is, without waiting. Faults come first, then events, in order; an event lets the task that caused it go on.
+    pub fn read(&self) -> io::Result<Vec<Message>> {
+        let mut buf = [[0u64; 4]; 16];
+        // SAFETY: `buf` is as long as said, and outlives the call.
+        let n = unsafe { libc::read(self.fd.as_raw_fd(), buf.as_mut_ptr().cast(), size_of_val(&buf)) };
+        let n = match super::check(n as i64) {
+            Ok(n) => n as usize / 32,
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => return Ok(Vec::new()),
+            Err(e) => return Err(e),
+        };
+        buf[..n].iter().map(|m| message(*m)).collect()
+    }
+
+    /// Puts pages in place and wakes who waits for them. Returns how many bytes, and why no more. `src`: an address in this process,
+    /// which only the kernel reads.
+    pub fn copy(&self, dst: u64, src: u64, len: u64) -> (u64, Option<FillError>) {
+        let mut c = Copy {
+            dst,
+            src,
+            len,
+            mode: 0,
+            copied: 0,
+        };
+        // SAFETY: `c` outlives the call; what it points to is only read, and by the kernel, which checks it.
+        let r = super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &raw mut c) } as i64);
+        outcome(r, c.copied, len)
+    }
+
+    /// The same with zeros.
+    pub fn zero(&self, start: u64, len: u64) -> (u64, Option<FillError>) {
+        let mut z = Zeropage {
+            start,
+            len,
+            mode: 0,
+            done: 0,
+        };
+        // SAFETY: `z` outlives the call.
+        let r = super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_ZEROPAGE, &raw mut z) } as i64);
+        outcome(r, z.done, len)
+    }
+
+    /// Lets tasks that wait for pages of a range look again.
+    pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
+        let mut r = Range { start, len };
+        // SAFETY: `r` outlives the call.
+        super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_WAKE, &raw mut r) } as i64).map(drop)
+    }
+
+    /// Whether the address space is still there.
+    pub fn alive(&self) -> bool {
+        // The last page a process can have, where it has its environment, if anything.
+        const LAST: u64 = 0x7fff_ffff_e000;
+        self.zero(LAST, crate::image::PAGE).1 != Some(FillError::Gone)
+    }
+}
+
+impl AsFd for Userfault {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// A partial success says how far it came with EAGAIN and a positive count; a failure at the first page has its negative errno there.
+fn outcome(r: io::Result<i64>, done: i64, len: u64) -> (u64, Option<FillError>) {
+    match r {
+        Ok(_) => (len, None),
+        Err(_) if done > 0 => (done as u64, None),
+        Err(_) if done < 0 => (0, Some(FillError::of(-done as i32))),
+        Err(e) => (0, Some(FillError::of(e.raw_os_error().unwrap_or(libc::EIO)))),
+    }
+}
+
+fn message(m: [u64; 4]) -> io::Result<Message> {
+    Ok(match m[0] as u8 {
+        0x12 => Message::Fault { address: m[2] & !0xfff },
+        // SAFETY: the kernel has just made this descriptor for us.
+        0x13 => Message::Fork(Userfault::from_fd(unsafe { OwnedFd::from_raw_fd(m[1] as i32) })),
+        0x14 => Message::Remap {
+            from: m[1],
+            to: m[2],
+            len: m[3],
+        },
+        0x15 => Message::Remove { start: m[1], end: m[2] },
+        0x16 => Message::Unmap { start: m[1], end: m[2] },
+        other => return Err(io::Error::other(format!("userfaultfd says {other:#x}, which nobody asked for"))),
+    })
 }

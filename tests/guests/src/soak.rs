@@ -2,6 +2,8 @@
 //! dropped, punched and written to, by this process, its threads and its children.
 //!
 //! `--seed N` `--mib N` (cap) `--regions N` (cap) `--ops-per-second N` (0: as fast as it goes) `--children 0|1` `--threads 0|1`
+//! While there is a file `busy` in its directory it goes as fast as it can, whatever the rate.
+//! `--others-rest-us N` (microseconds that children and threads rest between two operations; 100 with a rate, else 0)
 //! `--only map,unmap,...` (see [`OPS`]). The same seed draws the same operations, up to the instants at which threads and children end.
 
 pub mod lane;
@@ -26,6 +28,8 @@ const LANE_PAGES: usize = 64;
 const CHILDREN: usize = 3;
 /// A batch between two beats lasts about this long.
 const BATCH_NS: u64 = 1_000_000;
+/// How often the file `busy` is looked for.
+const ASK_NS: u64 = 100_000_000;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Op {
@@ -257,10 +261,11 @@ impl Soak {
     fn writer(&mut self, which: usize) -> io::Result<()> {
         let (lane, seed) = (self.shared[which].0, self.world.numbers.draw());
         let parent = sys0!(getpid());
+        let rest = self.rest_us.max(256);
         let pid = sys!(fork())?;
         if pid == 0 {
             // It rests even when this process does not: it would take the processor away.
-            let result = lane.work(seed, 500 + seed % 3000, true, || sys0!(getppid()) == parent);
+            let result = lane.work(seed, 500 + seed % 3000, rest, || sys0!(getppid()) == parent);
             end(&self.dir, &result.err().into_iter().collect::<Vec<_>>());
         }
         self.shared[which].1 = pid;
@@ -269,7 +274,7 @@ impl Soak {
 
     fn thread(&mut self) -> io::Result<()> {
         let seed = self.world.numbers.draw();
-        let rest = self.rest_us > 0;
+        let rest = self.rest_us * 5 / 2;
         for (lane, thread) in &mut self.threads {
             if let Some(ended) = thread.take_if(|t| t.is_finished()) {
                 let result = ended.join().unwrap_or_else(|_| Err("a thread panicked".into()));
@@ -398,7 +403,7 @@ pub fn soak(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         exe: CString::new(std::env::current_exe()?.as_os_str().as_bytes())?,
         dir,
         // Children rest as well when this process does.
-        rest_us: if rate > 0 { 100 } else { 0 },
+        rest_us: options.number("others-rest-us", if rate > 0 { 100 } else { 0 }),
         threads: Vec::new(),
         shared: Vec::new(),
         children: Vec::new(),
@@ -439,10 +444,17 @@ pub fn soak(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
 
     let mut owed = 0.0;
     let mut last = now_ns();
+    let busy = soak.borrow().dir.join("busy");
+    let (mut asked, mut asked_at) = (rate, 0);
     let code = kit.run(
         |kit| {
             let soak = &mut *soak.borrow_mut();
             let begin = now_ns();
+            if rate > 0 && begin.saturating_sub(asked_at) > ASK_NS {
+                asked = if busy.exists() { 0 } else { rate };
+                asked_at = begin;
+            }
+            let rate = asked;
             if rate > 0 {
                 // What a freeze took is made up for, but not for more than a tenth of a second.
                 owed += (begin.saturating_sub(last)) as f64 * 1e-9 * rate as f64;

@@ -59,7 +59,7 @@ exec /usr/bin/migrate-guest vm /dev/vport*p1
 "#;
 
 /// Emulated, everything takes several times as long.
-const SLOW: Duration = Duration::from_secs(120);
+const SLOW: Duration = Duration::from_secs(300);
 
 /// What a virtual machine is made of.
 struct Parts {

@@ -92,7 +92,7 @@ impl Lane {
     }
 
     /// So many writes, each after a look at another page; `rest` sleeps a little in between, as long as `go_on` says so.
-    pub fn work(self, seed: u64, writes: u64, rest: bool, mut go_on: impl FnMut() -> bool) -> Result<(), String> {
+    pub fn work(self, seed: u64, writes: u64, rest_us: u64, mut go_on: impl FnMut() -> bool) -> Result<(), String> {
         let mut numbers = Numbers::new(seed);
         for _ in 0..writes {
             if !go_on() {
@@ -101,8 +101,8 @@ impl Lane {
             let draw = numbers.draw() >> 8;
             self.check((draw >> 16) as usize % self.pages())?;
             self.write(draw as usize % self.pages());
-            if rest {
-                std::thread::sleep(std::time::Duration::from_micros(draw >> 32 & 0x1ff));
+            if rest_us > 0 {
+                std::thread::sleep(std::time::Duration::from_micros((draw >> 32) % (2 * rest_us)));
             }
         }
         Ok(())

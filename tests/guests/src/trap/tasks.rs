@@ -179,7 +179,7 @@ fn threads(_: &Kit) -> io::Result<Trap> {
             seed += 1;
             let (lane, writes) = (lanes[free], 5 + seed % 60);
             let start = std::thread::Builder::new().stack_size(32 * PAGE);
-            running[free] = Some(start.spawn(move || lane.work(seed, writes, true, || true))?);
+            running[free] = Some(start.spawn(move || lane.work(seed, writes, 256, || true))?);
         }
         Ok(())
     }))

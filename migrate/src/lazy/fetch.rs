@@ -1,0 +1,291 @@
+//! The destination's half of the drain: pages go from the links to the keeper, faults and acknowledgements the other way.
+//!
+//! There are two links, and each may break and be replaced by a later one at any time ([`Hub`]); the program does not notice, but for the tasks that need
+//! a page meanwhile. Nothing here knows what is missing: the keeper does.
+
+use super::{
+    ipc::{FrameRun, FromKeeper, SLOT, SLOTS, Stats, ToKeeper, decoded, encoded},
+    keeper::Keeper,
+};
+use crate::{
+    image::PAGE,
+    report::{Event, Events},
+    sys::region::Region,
+    wire::{self, Attached, Channel, Fault, Message, Ranges, WireError},
+};
+use migrate_transport::{Link, LinkError, PageFrame, PageReceiver};
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::unix::{OwnedReadHalf, OwnedWriteHalf},
+    sync::mpsc,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Slots of the ring that only answers to faults may use.
+const URGENT: u32 = 4;
+/// How long a source may take to say that it has heard of the end.
+const GOODBYE: Duration = Duration::from_secs(10);
+
+/// New connections of migrations that are under way.
+#[derive(Debug)]
+pub struct Hub<L> {
+    open: Mutex<HashMap<String, mpsc::UnboundedSender<(Channel, L)>>>,
+}
+
+impl<L> Default for Hub<L> {
+    fn default() -> Self {
+        Hub { open: Mutex::default() }
+    }
+}
+
+impl<L> Hub<L> {
+    /// From now on connections of this migration come here. None: somebody takes them already.
+    pub fn register(&self, id: &str) -> Option<mpsc::UnboundedReceiver<(Channel, L)>> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if open.get(id).is_some_and(|tx| !tx.is_closed()) {
+            return None;
+        }
+        let (tx, rx) = mpsc::unbounded_channel();
+        open.insert(id.to_owned(), tx);
+        Some(rx)
+    }
+
+    /// Whether somebody takes connections of this migration.
+    pub fn knows(&self, id: &str) -> bool {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.get(id).is_some_and(|tx| !tx.is_closed())
+    }
+
+    /// Hands a connection over. Err: nobody knows of its migration.
+    pub fn pass(&self, id: &str, channel: Channel, link: L) -> Result<(), L> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|_, tx| !tx.is_closed());
+        match open.get(id) {
+            Some(tx) => tx.send((channel, link)).map_err(|e| e.0.1),
+            None => Err(link),
+        }
+    }
+}
+
+/// What the tasks of a drain share.
+struct Shared {
+    ring: Region,
+    keeper: tokio::sync::Mutex<OwnedWriteHalf>,
+    /// Free slots: for the push, for answers to faults.
+    free: [tokio::sync::Mutex<mpsc::UnboundedReceiver<u32>>; 2],
+    give: [mpsc::UnboundedSender<u32>; 2],
+    /// What goes out on each link, while there is one.
+    out: Mutex<[Option<mpsc::UnboundedSender<Message>>; 2]>,
+}
+
+impl Shared {
+    async fn tell(&self, m: &ToKeeper) -> io::Result<()> {
+        let bytes = encoded(m)?;
+        self.keeper.lock().await.write_all(&bytes).await
+    }
+
+    fn send(&self, channel: Channel, m: Message) -> bool {
+        let out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        out[channel as usize].as_ref().is_some_and(|tx| tx.send(m).is_ok())
+    }
+
+    fn linked(&self) -> bool {
+        let out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        out.iter().all(|tx| tx.as_ref().is_some_and(|tx| !tx.is_closed()))
+    }
+
+    /// Puts a frame into the ring.
+    async fn deliver(&self, frame: PageFrame, urgent: bool) -> io::Result<()> {
+        if frame.data_len() > SLOT {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame larger than a frame may be"));
+        }
+        let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
+        let slot = self.free[usize::from(urgent)].lock().await.recv().await.ok_or_else(gone)?;
+        let mut at = slot as usize * SLOT;
+        for chunk in &frame.data {
+            self.ring.write(at, chunk);
+            at += chunk.len();
+        }
+        let runs: Vec<FrameRun> = frame.runs.iter().map(|r| (r.space, r.start, r.pages, r.zero)).collect();
+        self.tell(&ToKeeper::Frame { slot, urgent, runs }).await
+    }
+}
+
+/// The drain of one copy.
+pub struct Drain<L> {
+    shared: Arc<Shared>,
+    reader: OwnedReadHalf,
+    buf: Vec<u8>,
+    links: mpsc::UnboundedReceiver<(Channel, L)>,
+}
+
+/// How it ended.
+pub struct Drained {
+    /// The keeper's figures.
+    pub stats: Stats,
+    /// The source has heard of it.
+    pub heard: bool,
+}
+
+impl<L: Link> Drain<L> {
+    /// With a keeper that has started. `links`: where the copy's connections come.
+    pub fn new(keeper: Keeper, links: mpsc::UnboundedReceiver<(Channel, L)>) -> io::Result<Drain<L>> {
+        let Keeper { channel, ring } = keeper;
+        let (stream, buf) = channel.into_parts();
+        stream.set_nonblocking(true)?;
+        let (reader, writer) = tokio::net::UnixStream::from_std(stream)?.into_split();
+        let ((bulk, free_bulk), (urgent, free_urgent)) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
+        for slot in 0..SLOTS {
+            let _ = if slot < URGENT { &urgent } else { &bulk }.send(slot);
+        }
+        Ok(Drain {
+            shared: Arc::new(Shared {
+                ring,
+                keeper: tokio::sync::Mutex::new(writer),
+                free: [tokio::sync::Mutex::new(free_bulk), tokio::sync::Mutex::new(free_urgent)],
+                give: [bulk, urgent],
+                out: Mutex::default(),
+            }),
+            reader,
+            buf,
+            links,
+        })
+    }
+
+    /// The control stream of the migration itself goes on as the push's.
+    pub fn attach(&self, channel: Channel, link: L) -> tokio::task::JoinHandle<bool> {
+        let (tx, rx) = mpsc::unbounded_channel();
+        self.shared.out.lock().unwrap_or_else(PoisonError::into_inner)[channel as usize] = Some(tx);
+        tokio::spawn(pump(link, rx, self.shared.clone(), channel == Channel::Faults))
+    }
+
+    /// Runs to the end of the drain. `bulk`: the control stream, when there is one yet.
+    pub async fn run(mut self, bulk: Option<L>, events: &Events, cancel: &CancellationToken) -> Result<Drained, String> {
+        let mut pump: Option<tokio::task::JoinHandle<bool>> = bulk.map(|l| self.attach(Channel::Bulk, l));
+        let mut asked = false;
+        let start = Instant::now();
+        let mut shown = start;
+        let (mut done, mut total) = (0, None);
+        let mut tick = tokio::time::interval(Duration::from_millis(500));
+        let lost = |e: io::Error| format!("the keeper of the copy's memory cannot be reached any more: {e}");
+        loop {
+            let read = async {
+                let mut piece = [0u8; 64 << 10];
+                let n = self.reader.read(&mut piece).await?;
+                if n == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                Ok(piece[..n].to_vec())
+            };
+            tokio::select! {
+                r = read => self.buf.extend(r.map_err(lost)?),
+                Some((channel, link)) = self.links.recv() => {
+                    let handle = self.attach(channel, link);
+                    let m = if channel == Channel::Bulk {
+                        pump = Some(handle);
+                        // Its answer is what the new connection begins with.
+                        ToKeeper::List
+                    } else {
+                        ToKeeper::Again
+                    };
+                    self.shared.tell(&m).await.map_err(lost)?;
+                }
+                () = cancel.cancelled(), if !asked => {
+                    asked = true;
+                    events(Event::Note { text: "the program runs here already, and pages it needs are still on their way: this goes on until they have arrived".into() });
+                }
+                _ = tick.tick() => {
+                    if asked && !self.shared.linked() {
+                        return Err("interrupted while the source cannot be reached: the program waits for pages; start `migrate receive` again with the same --state-dir".into());
+                    }
+                }
+            }
+            while let Some(m) = decoded::<FromKeeper>(&mut self.buf).map_err(lost)? {
+                match m {
+                    FromKeeper::Fault { name, at } => {
+                        self.shared.send(Channel::Faults, Message::Fault(Fault { space: name, at }));
+                    }
+                    FromKeeper::Free { slot, urgent, bytes, left } => {
+                        let _ = self.shared.give[usize::from(urgent)].send(slot);
+                        if !urgent {
+                            self.shared.send(Channel::Bulk, Message::Credit(bytes));
+                        }
+                        done += bytes;
+                        let total = *total.get_or_insert(left * PAGE + bytes);
+                        if shown.elapsed() > Duration::from_millis(100) {
+                            shown = Instant::now();
+                            let rate = (done as f64 / start.elapsed().as_secs_f64()) as u64;
+                            let bytes = total.saturating_sub(left * PAGE);
+                            events(Event::Progress {
+                                round: 0,
+                                bytes,
+                                total,
+                                rate,
+                            });
+                        }
+                    }
+                    FromKeeper::Missing { missing } => {
+                        let missing = packed(&missing);
+                        self.shared.send(Channel::Bulk, Message::Attached(Attached { missing }));
+                    }
+                    FromKeeper::Hello { .. } => {}
+                    FromKeeper::Drained(stats) => {
+                        let heard = self.shared.send(Channel::Bulk, Message::Drained(stats.clone()));
+                        self.shared.tell(&ToKeeper::Bye).await.map_err(lost)?;
+                        let heard = match pump {
+                            Some(p) if heard => p.await.unwrap_or(false),
+                            _ => false,
+                        };
+                        return Ok(Drained { stats: *stats, heard });
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Ranges by space.
+fn packed(missing: &[(u32, u64, u64)]) -> Vec<Ranges> {
+    let by_name = missing.chunk_by(|a, b| a.0 == b.0);
+    by_name
+        .map(|g| {
+            let ranges: Vec<(u64, u64)> = g.iter().map(|r| (r.1, r.2)).collect();
+            Ranges::pack(g[0].0, &ranges)
+        })
+        .collect()
+}
+
+/// Moves messages out and page streams in, until the link breaks or is replaced. True: the source has said goodbye.
+async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, shared: Arc<Shared>, urgent: bool) -> bool {
+    loop {
+        tokio::select! {
+            m = out.recv() => {
+                let Some(m) = m else { return false };
+                if wire::send(&mut link, &m).await.is_err() {
+                    return false;
+                }
+                if matches!(m, Message::Drained(_)) {
+                    let end = tokio::time::timeout(GOODBYE, wire::recv(&mut link)).await;
+                    return matches!(end, Ok(Err(WireError::Link(LinkError::Closed { clean: true, ref reason, .. }))) if reason == wire::DONE);
+                }
+            }
+            s = link.accept_pages() => {
+                let Ok(mut stream) = s else { return false };
+                let shared = shared.clone();
+                tokio::spawn(async move {
+                    while let Ok(Some(frame)) = stream.recv().await {
+                        if shared.deliver(frame, urgent).await.is_err() {
+                            break;
+                        }
+                    }
+                });
+            }
+        }
+    }
+}

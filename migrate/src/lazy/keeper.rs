@@ -1,0 +1,123 @@
+//! The agent's end of the keeper: starting it, handing it the copy's userfaultfds, and finding one that an earlier agent left.
+
+use super::ipc::{Channel, FromKeeper, SLOT, SLOTS, ToKeeper};
+use crate::sys::{region::Region, uffd::Userfault};
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{fs::DirBuilderExt, net::UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+/// The command of this binary that is the keeper: [`super::pager::run`] with its standard input.
+pub const COMMAND: &str = "keeper";
+
+/// A keeper and the ring it shares with this agent.
+#[derive(Debug)]
+pub struct Keeper {
+    /// Messages.
+    pub channel: Channel,
+    /// Pages.
+    pub ring: Region,
+}
+
+/// A process of the copy whose pages follow.
+#[derive(Debug)]
+pub struct Armed {
+    /// Its userfaultfd, registered.
+    pub fd: Userfault,
+    /// (start, end, name, address at the source).
+    pub regions: Vec<(u64, u64, u32, u64)>,
+    /// Ranges that are missing.
+    pub missing: Vec<(u64, u64)>,
+}
+
+fn directory(state_dir: &Path) -> PathBuf {
+    state_dir.join("keeper")
+}
+
+fn socket(state_dir: &Path, id: &str) -> PathBuf {
+    directory(state_dir).join(id)
+}
+
+/// A path that fits into a socket's address, however deep the directory is.
+pub fn short(path: &Path) -> io::Result<(File, PathBuf)> {
+    let bad = || io::Error::new(io::ErrorKind::InvalidInput, "not a path of a socket");
+    let dir = File::open(path.parent().ok_or_else(bad)?)?;
+    let name = path.file_name().ok_or_else(bad)?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name);
+    Ok((dir, short))
+}
+
+impl Keeper {
+    /// Starts one. Until [`Keeper::start`] it ends with this agent.
+    pub fn spawn(state_dir: &Path, id: &str) -> io::Result<Keeper> {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory(state_dir))?;
+        let ring = File::from(rustix::fs::memfd_create("migrate pages", rustix::fs::MemfdFlags::CLOEXEC)?);
+        ring.set_len(u64::from(SLOTS) * SLOT as u64)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        let mut child = Command::new("/proc/self/exe")
+            .arg(COMMAND)
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .current_dir("/")
+            .spawn()?;
+        // It ends by itself; waited for only so that no zombie is left while this agent goes on.
+        std::thread::Builder::new().name("keeper".into()).spawn(move || child.wait())?;
+        let mut channel = Channel::new(ours);
+        let socket = socket(state_dir, id).to_string_lossy().into_owned();
+        channel.send(&ToKeeper::Setup { socket }, &[&ring])?;
+        Ok(Keeper {
+            channel,
+            ring: Region::map(&ring, SLOTS as usize * SLOT, 0)?,
+        })
+    }
+
+    /// Hands over a process.
+    pub fn take(&mut self, armed: Armed) -> io::Result<()> {
+        let Armed { fd, regions, missing } = armed;
+        self.channel.send(&ToKeeper::Space { regions, missing }, &[&fd])
+    }
+
+    /// From now on it serves, and outlives this agent.
+    pub fn start(&mut self) -> io::Result<()> {
+        self.channel.send(&ToKeeper::Start, &[])
+    }
+
+    /// Finds the keeper that an earlier agent left, with what it misses: (name, start, end) at the source. NotFound: there is none.
+    pub fn adopt(state_dir: &Path, id: &str) -> io::Result<(Keeper, Vec<(u32, u64, u64)>)> {
+        if !crate::journal::valid_id(id) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let path = socket(state_dir, id);
+        let (_dir, short) = short(&path)?;
+        let stream = match UnixStream::connect(short) {
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                // The keeper is dead, and its socket a file like any other.
+                let _ = std::fs::remove_file(&path);
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            r => r?,
+        };
+        let mut channel = Channel::new(stream);
+        let FromKeeper::Hello { missing } = channel.recv()? else {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the keeper did not say hello"));
+        };
+        let ring = File::from(channel.descriptor()?);
+        let ring = Region::map(&ring, SLOTS as usize * SLOT, 0)?;
+        Ok((Keeper { channel, ring }, missing))
+    }
+
+    /// Whether an earlier agent left one for this migration.
+    pub fn exists(state_dir: &Path, id: &str) -> bool {
+        crate::journal::valid_id(id) && socket(state_dir, id).exists()
+    }
+}

@@ -1,0 +1,195 @@
+//! Lazy pages: the copy runs, and what it misses follows, on demand and by itself.
+//!
+//! ```text
+//!  source agent                        destination agent               keeper
+//!   push.rs    ==== page streams ====>  fetch.rs   ==== ring ====>      pager.rs   UFFDIO_COPY    the program
+//!   serve.rs   <--- Fault ------------             <--- Fault -----                <-- fault ---
+//!              ==== page, at once ===>             ==== ring ====>                 UFFDIO_COPY
+//! ```
+//!
+//! The freeze sends a few pages ([`split`]) and a list of those that follow. The destination registers every mapping that misses some with a
+//! userfaultfd of that process, hands the descriptors to the *keeper*, and lets the program run. The originals stay stopped at the source until the
+//! keeper has said that nothing is missing: they are the only copy of what has not arrived.
+//!
+//! What follows, and what cannot ([`can_wait`]): private anonymous memory follows. Everything else is sent within the freeze: written pages of private file
+//! mappings, which userfaultfd does not cover; locked memory, which the kernel would fill with zeros as soon as it is locked again; memory that a
+//! fork wipes, since a child must not get what its parent misses there; and shared memory, of which nobody can tell from the kernel's event whether
+//! a range was dropped from one process (MADV_DONTNEED) or for all (MADV_REMOVE).
+
+pub mod bits;
+pub mod fetch;
+pub mod ipc;
+pub mod keeper;
+pub mod pager;
+pub mod push;
+pub mod serve;
+pub mod table;
+
+use crate::{
+    dump::pages::{OBJECT_SPACE, SpacePlan},
+    image::{Backing, PAGE, Tree, Vma},
+    pages::PageSet,
+    restore::rebuild::Names,
+};
+
+/// Whether missing pages of a mapping can follow: see the module.
+pub fn can_wait(v: &Vma) -> bool {
+    let f = &v.flags;
+    v.backing == Backing::Anonymous && !v.shared && !f.locked && !f.lock_on_fault && !f.wipe_on_fork && !f.droppable
+}
+
+/// A frozen tree's pages, by when they are sent.
+#[derive(Debug, Default)]
+pub struct Split {
+    /// Within the freeze.
+    pub now: Vec<SpacePlan>,
+    /// After the resume.
+    pub later: Vec<SpacePlan>,
+}
+
+/// Decides which pages can follow. `budget`: bytes of them that are sent within the freeze nevertheless; when everything fits, nothing follows.
+/// Pages that every task needs for its first step go first.
+pub fn split(tree: &Tree, names: &Names, plans: Vec<SpacePlan>, budget: u64) -> Split {
+    let mut out = Split::default();
+    let mut spare = budget;
+    for plan in plans {
+        let Some(m) = names
+            .spaces
+            .iter()
+            .position(|n| *n == plan.space)
+            .filter(|_| plan.space < OBJECT_SPACE)
+        else {
+            out.now.push(plan);
+            continue;
+        };
+        let Some(mm) = tree.mms.get(m) else { continue };
+        let can = PageSet::from_ranges(mm.vmas.iter().filter(|v| can_wait(v)).map(|v| (v.start, v.end)));
+        let all = PageSet::from_ranges(plan.ranges.iter().copied());
+        let mut later = all.intersection(&can);
+        later.subtract(&first(tree, m));
+        if later.bytes() <= spare {
+            spare -= later.bytes();
+            out.now.push(plan);
+            continue;
+        }
+        let now = all.difference(&later);
+        let cut = |set: &PageSet| SpacePlan {
+            space: plan.space,
+            ranges: at_borders(set, &mm.vmas),
+        };
+        out.now.push(cut(&now));
+        out.later.push(cut(&later));
+    }
+    out
+}
+
+/// Pages that a task touches as soon as it runs: its stack and its code, its thread area, what the kernel writes for it.
+fn first(tree: &Tree, mm: usize) -> PageSet {
+    let mut set = PageSet::new();
+    let mut add = |at: u64, before: u64, len: u64| {
+        if at > PAGE * 16 && at < 1 << 56 {
+            set.insert(at - before, at + len);
+        }
+    };
+    for p in tree.processes.iter().filter(|p| p.mm as usize == mm && p.zombie.is_none()) {
+        for t in &p.threads {
+            // The red zone below, a frame or two above.
+            add(t.regs.rsp, 256, PAGE);
+            add(t.regs.rip, 0, 16);
+            add(t.regs.fs_base, PAGE / 2, PAGE / 2);
+            if let Some(r) = &t.rseq {
+                add(r.address, 0, u64::from(r.len));
+            }
+        }
+    }
+    set
+}
+
+/// The ranges of a set, cut at the borders of mappings.
+fn at_borders(set: &PageSet, vmas: &[Vma]) -> Vec<(u64, u64)> {
+    let mut out = Vec::new();
+    for v in vmas {
+        out.extend(set.clip(v.start, v.end).ranges());
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{Host, Mm, Process, VmaFlags};
+
+    fn vma(start: u64, end: u64, backing: Backing, flags: VmaFlags) -> Vma {
+        Vma {
+            start: start * PAGE,
+            end: end * PAGE,
+            prot: 3,
+            shared: false,
+            backing,
+            flags,
+            pkey: 0,
+            name: None,
+        }
+    }
+
+    fn tree() -> (Tree, Names) {
+        let locked = VmaFlags {
+            locked: true,
+            ..Default::default()
+        };
+        let file = Backing::File {
+            file: Default::default(),
+            offset: 0,
+            writable: false,
+        };
+        let mut tree = Tree::empty(Host::default());
+        tree.mms.push(Mm {
+            vmas: vec![
+                vma(0x100, 0x200, Backing::Anonymous, VmaFlags::default()),
+                vma(0x200, 0x210, file, VmaFlags::default()),
+                vma(0x300, 0x310, Backing::Anonymous, locked),
+                vma(0x400, 0x410, Backing::Anonymous, VmaFlags::default()),
+            ],
+            ..Mm::default()
+        });
+        tree.processes.push(Process {
+            mm: 0,
+            ..Process::default()
+        });
+        let names = Names {
+            spaces: vec![9],
+            objects: Vec::new(),
+        };
+        (tree, names)
+    }
+
+    fn plan(space: u32, ranges: &[(u64, u64)]) -> SpacePlan {
+        SpacePlan {
+            space,
+            ranges: ranges.iter().map(|(a, b)| (a * PAGE, b * PAGE)).collect(),
+        }
+    }
+
+    #[test]
+    fn what_cannot_follow_goes_now() {
+        let (tree, names) = tree();
+        let all = [(0x100, 0x180), (0x200, 0x204), (0x300, 0x302), (0x400, 0x401)];
+        let s = split(&tree, &names, vec![plan(9, &all), plan(OBJECT_SPACE, &[(0, 4)])], 0);
+        let ranges = |p: &[SpacePlan]| -> Vec<(u32, u64, u64)> {
+            p.iter()
+                .flat_map(|p| p.ranges.iter().map(|r| (p.space, r.0 / PAGE, r.1 / PAGE)))
+                .collect()
+        };
+        assert_eq!(ranges(&s.later), [(9, 0x100, 0x180), (9, 0x400, 0x401)]);
+        assert_eq!(ranges(&s.now), [(9, 0x200, 0x204), (9, 0x300, 0x302), (OBJECT_SPACE, 0, 4)]);
+    }
+
+    #[test]
+    fn a_little_is_not_worth_it() {
+        let (tree, names) = tree();
+        let s = split(&tree, &names, vec![plan(9, &[(0x100, 0x104)])], 4 * PAGE);
+        assert!(s.later.is_empty() && s.now.len() == 1);
+        let s = split(&tree, &names, vec![plan(9, &[(0x100, 0x105)])], 4 * PAGE);
+        assert_eq!(s.later.len(), 1);
+    }
+}

@@ -1,0 +1,576 @@
+//! The keeper: a process of its own that holds the userfaultfds of a running copy, reads what they say, and puts pages in place.
+//!
+//! Why a process: when the last descriptor of a userfaultfd is closed, the kernel lets every waiting task go on with zeros. Whoever holds them must
+//! not be the agent, which does the network, parses what comes from outside and may be restarted or killed. The keeper opens nothing, speaks to
+//! nobody but an agent of the same user, and waits as long as it takes for one: a task that needs a page sleeps until then. Events are read here
+//! too, since the descriptor of a forked child exists nowhere else at first.
+//!
+//! Why one thread: pages, faults and events have to be seen in one order. After an event was read the memory it speaks of may be somewhere else; as
+//! long as it was not, the kernel refuses to fill pages (EAGAIN). With a single thread the table is never behind what was read.
+//!
+//! Pages come through a ring of memory shared with the agent, one copy from the network's buffers, which the agent would have to make anyway.
+
+use super::{
+    ipc::{Channel, FrameRun, FromKeeper, SLOT, SLOTS, Stats, ToKeeper},
+    table::{Place, Region as Mapped, Table},
+};
+use crate::{
+    image::PAGE,
+    report::FaultLatency,
+    sys::{
+        region::Region,
+        uffd::{FillError, Message, Userfault},
+    },
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::{
+    collections::{HashMap, VecDeque},
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+/// Pages put in place before the next look at what the program does: 64 KiB to 256 KiB are where UFFDIO_COPY is fastest.
+const UNIT: u64 = 64;
+/// How often a keeper that nothing happens to looks whether its program is still there.
+const IDLE: Duration = Duration::from_secs(5);
+/// Latencies that are kept; the rest only counts.
+const SAMPLES: usize = 1 << 20;
+
+#[derive(Debug)]
+struct Frame {
+    slot: u32,
+    urgent: bool,
+    runs: Vec<FrameRun>,
+    /// Where it goes on: run, pages done of it, bytes of data before it.
+    run: usize,
+    done: u32,
+    data: usize,
+}
+
+impl Frame {
+    fn bytes(&self) -> u64 {
+        self.runs.iter().map(|r| u64::from(r.2) * PAGE).sum()
+    }
+}
+
+struct Keeper {
+    table: Table,
+    /// By the table's indices.
+    fds: Vec<Option<Userfault>>,
+    ring: Region,
+    ring_fd: OwnedFd,
+    agent: Option<Channel>,
+    listener: Option<UnixListener>,
+    socket: PathBuf,
+    urgent: VecDeque<Frame>,
+    bulk: VecDeque<Frame>,
+    /// Pages that tasks wait for, and since when each of them does.
+    waiting: HashMap<(u32, u64), Vec<Instant>>,
+    /// Faults to be looked at again, because an event was under way.
+    again: Vec<(usize, u64)>,
+    /// Nanoseconds.
+    latencies: Vec<u64>,
+    stats: Stats,
+    started: bool,
+    /// The agent asks what is missing.
+    list: bool,
+    told: bool,
+    bye: bool,
+}
+
+/// The process that is the keeper, with the agent's socket as its standard input: see [`run`]. Signals that are for the agent's terminal or service
+/// do not end it, and the kernel looks for others first when memory runs out.
+pub fn main() -> io::Result<()> {
+    use nix::sys::signal::{SigSet, Signal};
+    let mut set = SigSet::empty();
+    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGPIPE]
+        .into_iter()
+        .for_each(|s| set.add(s));
+    set.thread_block()?;
+    let _ = rustix::process::setsid();
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+    run(UnixStream::from(stdin))
+}
+
+/// Runs until the program has all its pages and an agent knows, or the program is gone. `socket`: the agent that started this process.
+pub fn run(socket: UnixStream) -> io::Result<()> {
+    let mut agent = Channel::new(socket);
+    let ToKeeper::Setup { socket } = agent.recv()? else {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "something else came before the setup"));
+    };
+    let ring_fd = agent.descriptor()?;
+    let ring = Region::map(&File::from(ring_fd.try_clone()?), SLOTS as usize * SLOT, 0)?;
+    let mut keeper = Keeper {
+        table: Table::default(),
+        fds: Vec::new(),
+        ring,
+        ring_fd,
+        agent: None,
+        listener: None,
+        socket: PathBuf::from(socket),
+        urgent: VecDeque::new(),
+        bulk: VecDeque::new(),
+        waiting: HashMap::new(),
+        again: Vec::new(),
+        latencies: Vec::new(),
+        stats: Stats::default(),
+        started: false,
+        list: false,
+        told: false,
+        bye: false,
+    };
+    // An agent that ends before the start takes the copy with it: so does this process then.
+    while !keeper.started {
+        match agent.recv()? {
+            ToKeeper::Space { regions, missing } => {
+                let fd = Userfault::from_fd(agent.descriptor()?);
+                let regions = regions
+                    .into_iter()
+                    .map(|(start, end, name, origin)| Mapped { start, end, name, origin });
+                keeper.table.add(regions, missing);
+                keeper.fds.push(Some(fd));
+            }
+            ToKeeper::Start => keeper.started = true,
+            other => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("{other:?} came before the start"),
+                ));
+            }
+        }
+    }
+    let _ = std::fs::remove_file(&keeper.socket);
+    let (_dir, short) = super::keeper::short(&keeper.socket)?;
+    keeper.listener = Some(UnixListener::bind(short)?);
+    keeper.agent = Some(agent);
+    let r = keeper.work();
+    let _ = std::fs::remove_file(&keeper.socket);
+    r
+}
+
+impl Keeper {
+    fn work(&mut self) -> io::Result<()> {
+        loop {
+            let busy = !self.urgent.is_empty() || !self.bulk.is_empty();
+            let wait = if busy {
+                Duration::ZERO
+            } else if !self.again.is_empty() {
+                Duration::from_millis(1)
+            } else {
+                IDLE
+            };
+            let Some(ready) = self.poll(wait)? else {
+                self.bury();
+                continue;
+            };
+            for space in ready.spaces {
+                self.listen(space);
+            }
+            if ready.agent {
+                self.hear();
+            }
+            if ready.visitor {
+                self.welcome();
+            }
+            for (space, at) in std::mem::take(&mut self.again) {
+                self.fault(space, at);
+            }
+            self.unit();
+            if self.list && self.urgent.is_empty() && self.bulk.is_empty() {
+                self.list = false;
+                let missing = self.table.owed();
+                self.say(&FromKeeper::Missing { missing });
+            }
+            if self.table.missing() == 0 && !self.told {
+                self.drained();
+            }
+            // Whoever asks later hears from the journal that the copy runs and misses nothing.
+            if self.bye || (self.told && self.agent.is_none()) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// None: nothing for a while.
+    fn poll(&mut self, wait: Duration) -> io::Result<Option<Ready>> {
+        let mut list = Vec::new();
+        let mut who = Vec::new();
+        if let Some(l) = &self.listener {
+            list.push(PollFd::new(l.as_fd(), PollFlags::POLLIN));
+            who.push(None);
+        }
+        if let Some(a) = &self.agent {
+            let out = if a.pending() { PollFlags::POLLOUT } else { PollFlags::empty() };
+            list.push(PollFd::new(a.stream.as_fd(), PollFlags::POLLIN | out));
+            who.push(None);
+        }
+        for (i, fd) in self.fds.iter().enumerate() {
+            if let Some(fd) = fd {
+                list.push(PollFd::new(fd.as_fd(), PollFlags::POLLIN));
+                who.push(Some(i));
+            }
+        }
+        let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
+        match poll(&mut list, timeout) {
+            Ok(0) if wait == IDLE => return Ok(None),
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let mut ready = Ready::default();
+        let fired = |p: &PollFd<'_>| p.revents().is_some_and(|r| !r.is_empty());
+        let mut other = list.iter().zip(&who).filter(|(_, w)| w.is_none()).map(|(p, _)| fired(p));
+        ready.visitor = self.listener.is_some() && other.next() == Some(true);
+        ready.agent = self.agent.is_some() && other.next() == Some(true);
+        ready.spaces = list.iter().zip(&who).filter(|(p, _)| fired(p)).filter_map(|(_, w)| *w).collect();
+        Ok(Some(ready))
+    }
+
+    /// Reads what a userfaultfd says.
+    fn listen(&mut self, space: usize) {
+        let Some(Some(fd)) = self.fds.get(space) else { return };
+        let messages = match fd.read() {
+            Ok(m) => m,
+            Err(e) => {
+                // Never seen. Faults would stay unanswered, which is better than to let go of the descriptor.
+                tracing::error!(error = %e, "a userfaultfd cannot be read");
+                std::thread::sleep(Duration::from_millis(10));
+                return;
+            }
+        };
+        for m in messages {
+            match m {
+                Message::Fault { address } => self.fault(space, address),
+                Message::Fork(fd) => {
+                    let child = self.table.fork(space);
+                    debug_assert_eq!(child, self.fds.len());
+                    self.fds.push(Some(fd));
+                }
+                Message::Remap { from, to, len } => {
+                    self.table.moved(space, from, to, len);
+                    self.stir(space, from, from + len);
+                }
+                Message::Remove { start, end } => {
+                    self.table.dropped(space, start, end);
+                    self.stir(space, start, end);
+                }
+                Message::Unmap { start, end } => {
+                    self.table.unmapped(space, start, end);
+                    self.stir(space, start, end);
+                }
+            }
+        }
+    }
+
+    /// Whoever waits in a range looks again, and waits no more for what is not coming.
+    fn stir(&mut self, space: usize, start: u64, end: u64) {
+        if let Some(Some(fd)) = self.fds.get(space) {
+            let _ = fd.wake(start, (end - start).next_multiple_of(PAGE));
+        }
+        let table = &self.table;
+        self.waiting.retain(|&(name, at), _| !table.places(name, at, at + PAGE).is_empty());
+    }
+
+    fn fault(&mut self, space: usize, at: u64) {
+        let Some(Some(fd)) = self.fds.get(space) else { return };
+        if let Some((name, origin)) = self.table.wants(space, at) {
+            let list = self.waiting.entry((name, origin)).or_default();
+            list.push(Instant::now());
+            if list.len() == 1 {
+                self.say(&FromKeeper::Fault { name, at: origin });
+            }
+            return;
+        }
+        // Never had content, or has lost it.
+        match fd.zero(at, PAGE) {
+            (_, None) => self.stats.zero_faults += 1,
+            (_, Some(FillError::Event)) => self.again.push((space, at)),
+            (_, Some(FillError::Gone)) => self.end(space),
+            (_, Some(FillError::There | FillError::NoMapping)) => drop(fd.wake(at, PAGE)),
+            (_, Some(FillError::Other(errno))) => {
+                tracing::error!(errno, "no zero page can be put in place");
+                self.again.push((space, at));
+            }
+        }
+    }
+
+    fn end(&mut self, space: usize) {
+        self.table.end(space);
+        if let Some(fd) = self.fds.get_mut(space) {
+            *fd = None;
+        }
+        let table = &self.table;
+        self.waiting.retain(|&(name, at), _| !table.places(name, at, at + PAGE).is_empty());
+    }
+
+    /// Forgets address spaces that are no more.
+    fn bury(&mut self) {
+        let dead: Vec<usize> = (0..self.fds.len())
+            .filter(|i| self.fds[*i].as_ref().is_some_and(|fd| !fd.alive()))
+            .collect();
+        for space in dead {
+            self.end(space);
+        }
+        if self.table.missing() == 0 && !self.told {
+            self.drained();
+        }
+    }
+
+    fn say(&mut self, m: &FromKeeper) {
+        if let Some(a) = &mut self.agent
+            && a.queue(m).is_err()
+        {
+            self.leave();
+        }
+    }
+
+    /// The agent is gone: what it had brought and is not in place yet counts as not arrived.
+    fn leave(&mut self) {
+        self.agent = None;
+        self.list = false;
+        self.urgent.clear();
+        self.bulk.clear();
+    }
+
+    /// Hears what the agent says.
+    fn hear(&mut self) {
+        let Some(a) = &mut self.agent else { return };
+        let open = a.flush().and_then(|()| a.fill(false)).unwrap_or(false);
+        loop {
+            let Some(a) = &mut self.agent else { return };
+            match a.next::<ToKeeper>() {
+                Ok(Some(ToKeeper::Frame { slot, urgent, runs })) => {
+                    let frame = Frame {
+                        slot,
+                        urgent,
+                        runs,
+                        run: 0,
+                        done: 0,
+                        data: 0,
+                    };
+                    if slot < SLOTS {
+                        if urgent { &mut self.urgent } else { &mut self.bulk }.push_back(frame);
+                    }
+                }
+                Ok(Some(ToKeeper::List)) => self.list = true,
+                Ok(Some(ToKeeper::Again)) => self.again_all(),
+                Ok(Some(ToKeeper::Bye)) => self.bye = self.told,
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(_) => return self.leave(),
+            }
+        }
+        if !open && !self.bye {
+            self.leave();
+        }
+    }
+
+    /// Another agent takes over.
+    fn welcome(&mut self) {
+        let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) else {
+            return;
+        };
+        self.leave();
+        let mut agent = Channel::new(stream);
+        let hello = FromKeeper::Hello {
+            missing: self.table.owed(),
+        };
+        if agent.send(&hello, &[&self.ring_fd]).is_err() {
+            return;
+        }
+        self.agent = Some(agent);
+        if self.told {
+            let stats = self.stats.clone();
+            self.say(&FromKeeper::Drained(Box::new(stats)));
+        }
+        self.again_all();
+    }
+
+    fn again_all(&mut self) {
+        let waiting: Vec<(u32, u64)> = self.waiting.keys().copied().collect();
+        for (name, at) in waiting {
+            self.say(&FromKeeper::Fault { name, at });
+        }
+    }
+
+    /// Everything has arrived: the kernel may let go of the memory.
+    fn drained(&mut self) {
+        self.told = true;
+        self.fds.iter_mut().for_each(|fd| *fd = None);
+        self.stats.latency = latency(&mut self.latencies);
+        let stats = self.stats.clone();
+        self.say(&FromKeeper::Drained(Box::new(stats)));
+    }
+
+    /// Puts some pages in place.
+    fn unit(&mut self) {
+        let Some(mut frame) = self.urgent.pop_front().or_else(|| self.bulk.pop_front()) else {
+            return;
+        };
+        let mut budget = UNIT;
+        while budget > 0
+            && let Some(&(name, start, pages, zero)) = frame.runs.get(frame.run)
+        {
+            let some = u64::from(pages - frame.done).min(budget);
+            let at = start + u64::from(frame.done) * PAGE;
+            let data = (!zero).then_some(frame.slot as usize * SLOT + frame.data);
+            if !self.put(name, at, some, data, frame.urgent) {
+                break;
+            }
+            budget -= some;
+            frame.done += some as u32;
+            if !zero {
+                frame.data += (some * PAGE) as usize;
+            }
+            if frame.done == pages {
+                frame.run += 1;
+                frame.done = 0;
+            }
+        }
+        if frame.run < frame.runs.len() {
+            if frame.urgent { &mut self.urgent } else { &mut self.bulk }.push_front(frame);
+            return;
+        }
+        let free = FromKeeper::Free {
+            slot: frame.slot,
+            urgent: frame.urgent,
+            bytes: frame.bytes(),
+            left: self.table.missing(),
+        };
+        self.say(&free);
+    }
+
+    /// Puts pages of the source wherever they are missing. False: an event has to be read first, after which they may be missing elsewhere.
+    fn put(&mut self, name: u32, start: u64, pages: u64, data: Option<usize>, urgent: bool) -> bool {
+        let end = start + pages * PAGE;
+        let places = self.table.places(name, start, end);
+        let wanted: u64 = places.iter().map(|p| (p.end - p.start) / PAGE).sum();
+        if wanted < pages {
+            self.stats.unwanted += pages - wanted;
+        }
+        for p in places {
+            let from = data.map(|d| d + (p.origin - start) as usize);
+            let before = self.table.missing();
+            let settled = self.fill(p, from);
+            let put = before - self.table.missing();
+            *(if urgent { &mut self.stats.pulled } else { &mut self.stats.pushed }) += put;
+            if !settled {
+                return false;
+            }
+        }
+        if !self.waiting.is_empty() {
+            for at in (start..end).step_by(PAGE as usize) {
+                for since in self.waiting.remove(&(name, at)).unwrap_or_default() {
+                    if self.latencies.len() < SAMPLES {
+                        self.latencies.push(since.elapsed().as_nanos() as u64);
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    fn fill(&mut self, p: Place, data: Option<usize>) -> bool {
+        let mut at = p.start;
+        let mut single = false;
+        while at < p.end {
+            let Some(Some(fd)) = self.fds.get(p.space) else { return true };
+            let len = if single { PAGE } else { p.end - at };
+            let (n, error) = match data {
+                Some(d) => fd.copy(at, self.ring.local(d + (at - p.start) as usize, len as usize), len),
+                None => fd.zero(at, len),
+            };
+            if n > 0 {
+                self.table.filled(p.space, at, at + n);
+                at += n;
+            }
+            match error {
+                None => {}
+                Some(FillError::Event) => {
+                    self.listen(p.space);
+                    std::thread::yield_now();
+                    return false;
+                }
+                Some(FillError::There) => {
+                    // Nobody else fills missing pages.
+                    self.stats.anomalies += 1;
+                    tracing::error!("a page at {at:#x} was there before it arrived");
+                    let _ = fd.wake(at, PAGE);
+                    self.table.filled(p.space, at, at + PAGE);
+                    at += PAGE;
+                }
+                // The program has split the mapping: page by page from here.
+                Some(FillError::NoMapping) if len > PAGE => single = true,
+                Some(FillError::NoMapping) => {
+                    let _ = fd.wake(at, PAGE);
+                    self.table.unmapped(p.space, at, at + PAGE);
+                    at += PAGE;
+                }
+                Some(FillError::Gone) => {
+                    self.end(p.space);
+                    return true;
+                }
+                Some(FillError::Other(errno)) => {
+                    // Out of memory, most likely: the task waits, which is what it would do for the page anyway.
+                    tracing::error!(errno, "a page cannot be put in place");
+                    std::thread::sleep(Duration::from_millis(5));
+                    return false;
+                }
+            }
+        }
+        true
+    }
+}
+
+#[derive(Default)]
+struct Ready {
+    spaces: Vec<usize>,
+    agent: bool,
+    visitor: bool,
+}
+
+/// Percentiles, and a histogram by powers of two.
+fn latency(ns: &mut [u64]) -> FaultLatency {
+    ns.sort_unstable();
+    let at = |share: f64| {
+        let last = ns.len().saturating_sub(1);
+        ns.get((last as f64 * share).round() as usize).map_or(0, |n| n / 1000)
+    };
+    let mut histogram: Vec<u64> = Vec::new();
+    for n in ns.iter() {
+        let bucket = (n / 1000).checked_ilog2().map_or(0, |b| b as usize + 1);
+        if histogram.len() <= bucket {
+            histogram.resize(bucket + 1, 0);
+        }
+        histogram[bucket] += 1;
+    }
+    FaultLatency {
+        p50: at(0.5),
+        p99: at(0.99),
+        max: at(1.0),
+        count: ns.len() as u64,
+        histogram,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latencies_are_summed_up() {
+        let mut ns: Vec<u64> = (1..=1000).map(|us| us * 1000).rev().collect();
+        let l = latency(&mut ns);
+        assert_eq!((l.p50, l.p99, l.max, l.count), (501, 990, 1000, 1000));
+        // Below 1 µs, 1, 2 to 3, 4 to 7 ...
+        assert_eq!(l.histogram[..4], [0, 1, 2, 4]);
+        assert_eq!(l.histogram.iter().sum::<u64>(), 1000);
+        assert_eq!(latency(&mut []), FaultLatency::default());
+    }
+}

@@ -1,0 +1,448 @@
+//! The source's half of the drain: the originals stand still, and their pages are sent: those that tasks wait for at once, the others behind.
+//!
+//! Little of the push is under way at a time, twice what the path holds: a page that is asked for while it is under way is not sent again but arrives
+//! within a millisecond, and what follows a fault does not queue behind megabytes that nobody waits for. The destination acknowledges what is in
+//! place, not what has arrived, so a slow destination slows the push down as well.
+
+use super::{
+    ipc::Stats,
+    push::{Left, PIECE},
+};
+use crate::{
+    dump::pages::{self, Batch, Reader, SpacePlan},
+    image::PAGE,
+    report::{Event, Events},
+    source::Connector,
+    sys::mem::Mem,
+    wire::{self, Attach, Channel, Message, WireError},
+};
+use migrate_transport::{Link, PageSender};
+use std::{
+    collections::HashMap,
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// Least bytes of the push that are under way, and most.
+const WINDOW: (u64, u64) = (1 << 20, 16 << 20);
+/// How long an answer to an attachment may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The frozen originals' memory, by the names of their address spaces.
+#[derive(Debug)]
+pub struct Originals {
+    /// What reads each of them.
+    pub readers: HashMap<u32, Reader>,
+}
+
+impl Originals {
+    /// Of stopped processes: (name of the address space, pid).
+    pub fn open(spaces: &[(u32, i32)]) -> io::Result<Originals> {
+        let readers = spaces.iter().map(|(space, pid)| Ok((*space, Reader::Process(Mem::open(*pid)?))));
+        Ok(Originals {
+            readers: readers.collect::<io::Result<_>>()?,
+        })
+    }
+
+    fn read(&self, space: u32, ranges: &[(u64, u64)]) -> io::Result<Vec<Batch>> {
+        let reader = self
+            .readers
+            .get(&space)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no original has this address space"))?;
+        let plan = SpacePlan {
+            space,
+            ranges: ranges.to_vec(),
+        };
+        let mut out = Vec::new();
+        pages::read_plan(&plan, reader, &mut |b| {
+            out.push(b);
+            true
+        })?;
+        Ok(out)
+    }
+}
+
+/// How the drain ended.
+#[derive(Debug)]
+pub struct Served<L> {
+    /// The keeper's figures.
+    pub stats: Stats,
+    /// The link it was heard on, to say goodbye.
+    pub link: L,
+    /// Pages sent, with content and zero.
+    pub sent: (u64, u64),
+    /// Bytes on the wire, of the links made here.
+    pub bytes: u64,
+    /// How often the connection was made anew.
+    pub reconnects: u32,
+    /// From each cut to the next page on its way, the longest.
+    pub longest_cut: Duration,
+}
+
+/// Why it did not.
+#[derive(Debug)]
+pub enum ServeError {
+    /// The destination knows nothing of it, or says that its copy is dead.
+    Refused(String),
+    /// The originals cannot be read.
+    Read(io::Error),
+    /// Interrupted while the destination could not be reached.
+    Interrupted,
+}
+
+/// What one drain goes by.
+pub struct Drain<'a, C> {
+    /// Makes connections.
+    pub connector: &'a C,
+    /// Which migration.
+    pub id: &'a str,
+    /// The originals.
+    pub originals: Arc<Originals>,
+    /// Bytes a second at most on the wire.
+    pub bandwidth: Option<u64>,
+    /// Events.
+    pub events: &'a Events,
+    /// Ctrl-C.
+    pub cancel: &'a CancellationToken,
+}
+
+/// What the tasks of a session share.
+struct Session {
+    left: Mutex<Left>,
+    originals: Arc<Originals>,
+    total: u64,
+    started: Instant,
+    /// Bytes of memory pushed and not acknowledged.
+    under_way: AtomicU64,
+    acknowledged: Notify,
+    pages: AtomicU64,
+    zero: AtomicU64,
+    first: Mutex<Option<Instant>>,
+}
+
+impl Session {
+    fn note(&self, b: &Batch) {
+        self.pages.fetch_add(b.pages, Ordering::Relaxed);
+        self.zero.fetch_add(b.zero, Ordering::Relaxed);
+        self.first
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert_with(Instant::now);
+    }
+
+    fn left(&self) -> std::sync::MutexGuard<'_, Left> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a reconnection came to.
+enum Again<L> {
+    Links(L, L, Vec<(u32, u64, u64)>),
+    Drained(L, Stats),
+}
+
+enum End {
+    Done(Stats),
+    Lost(String),
+    Refused(String),
+    Read(io::Error),
+}
+
+impl From<WireError> for End {
+    fn from(e: WireError) -> End {
+        End::Lost(e.to_string())
+    }
+}
+
+impl From<migrate_transport::LinkError> for End {
+    fn from(e: migrate_transport::LinkError) -> End {
+        End::Lost(e.to_string())
+    }
+}
+
+/// What a destination says to a connection for one of its copies.
+#[derive(Debug)]
+pub enum Welcome {
+    /// It misses this, on [`Channel::Bulk`].
+    Missing(Vec<wire::Ranges>),
+    /// Nothing is missing any more.
+    Drained(Stats),
+}
+
+/// A second connection of this migration, for faults; or either of them anew.
+pub async fn attach<C: Connector>(connector: &C, id: &str, channel: Channel) -> Result<(C::Link, Welcome), Refusal> {
+    let mut link = connector.connect().await.map_err(|e| Refusal::Unreachable(e.to_string()))?;
+    let ask = async {
+        let m = Message::Attach(Attach {
+            id: id.to_owned(),
+            channel,
+        });
+        wire::send(&mut link, &m).await?;
+        loop {
+            // Acknowledgements of what came over the connection before.
+            match wire::recv(&mut link).await? {
+                Message::Credit(_) => {}
+                m => return Ok::<_, WireError>(m),
+            }
+        }
+    };
+    match tokio::time::timeout(PATIENCE, ask).await {
+        Ok(Ok(Message::Attached(a))) => Ok((link, Welcome::Missing(a.missing))),
+        Ok(Ok(Message::Drained(stats))) => Ok((link, Welcome::Drained(*stats))),
+        Ok(Ok(Message::Aborted(reason))) => {
+            link.close("refused").await;
+            Err(Refusal::Refused(reason))
+        }
+        Ok(Ok(other)) => Err(Refusal::Unreachable(format!("{} instead of an answer", other.name()))),
+        Ok(Err(e)) => Err(Refusal::Unreachable(e.to_string())),
+        Err(_) => Err(Refusal::Unreachable("it does not answer".into())),
+    }
+}
+
+/// Why a connection could not be attached.
+#[derive(Debug)]
+pub enum Refusal {
+    /// Perhaps later.
+    Unreachable(String),
+    /// The destination says no.
+    Refused(String),
+}
+
+impl<C: Connector> Drain<'_, C> {
+    /// Serves until the destination says that nothing is missing. `links`: the first two connections, when they are there; `ranges`: what is
+    /// missing then.
+    pub async fn run(&self, links: Option<(C::Link, C::Link)>, ranges: Vec<(u32, u64, u64)>) -> Result<Served<C::Link>, ServeError> {
+        let mut first = links.map(|(bulk, faults)| Again::Links(bulk, faults, ranges));
+        let (mut sent, mut bytes, mut reconnects) = ((0, 0), 0, 0);
+        let mut longest_cut = Duration::ZERO;
+        let mut cut: Option<Instant> = None;
+        loop {
+            let again = match first.take() {
+                Some(f) => f,
+                None => {
+                    reconnects += 1;
+                    self.reconnect().await?
+                }
+            };
+            let (mut bulk, mut faults, ranges) = match again {
+                Again::Links(bulk, faults, ranges) => (bulk, faults, ranges),
+                Again::Drained(link, stats) => {
+                    return Ok(Served {
+                        stats,
+                        link,
+                        sent,
+                        bytes,
+                        reconnects,
+                        longest_cut,
+                    });
+                }
+            };
+            let left = Left::new(ranges);
+            let session = Arc::new(Session {
+                total: left.pages() * PAGE,
+                left: Mutex::new(left),
+                originals: self.originals.clone(),
+                started: Instant::now(),
+                under_way: AtomicU64::new(0),
+                acknowledged: Notify::new(),
+                pages: AtomicU64::new(0),
+                zero: AtomicU64::new(0),
+                first: Mutex::new(None),
+            });
+            let before = bulk.bytes_sent();
+            let end = self.session(&session, &mut bulk, &mut faults).await;
+            sent.0 += session.pages.load(Ordering::Relaxed);
+            sent.1 += session.zero.load(Ordering::Relaxed);
+            bytes += bulk.bytes_sent() - before + faults.bytes_sent();
+            let served = *session.first.lock().unwrap_or_else(PoisonError::into_inner);
+            if let (Some(cut), Some(served)) = (cut, served) {
+                longest_cut = longest_cut.max(served - cut);
+            }
+            match end {
+                End::Done(stats) => {
+                    return Ok(Served {
+                        stats,
+                        link: bulk,
+                        sent,
+                        bytes,
+                        reconnects,
+                        longest_cut,
+                    });
+                }
+                End::Lost(why) => {
+                    if cut.is_none() || served.is_some() {
+                        cut = Some(Instant::now());
+                    }
+                    (self.events)(Event::Note {
+                        text: format!(
+                            "the connection is lost ({why}); the copy runs, and needs {} more MiB from here: connecting again",
+                            session.left().pages() * PAGE >> 20
+                        ),
+                    });
+                }
+                End::Refused(why) => return Err(ServeError::Refused(why)),
+                End::Read(e) => return Err(ServeError::Read(e)),
+            }
+        }
+    }
+
+    async fn reconnect(&self) -> Result<Again<C::Link>, ServeError> {
+        let mut pause = Duration::from_millis(20);
+        loop {
+            let both = async {
+                let (bulk, welcome) = attach(self.connector, self.id, Channel::Bulk).await?;
+                let missing = match welcome {
+                    Welcome::Drained(stats) => return Ok(Err((bulk, stats))),
+                    Welcome::Missing(m) => m,
+                };
+                let (faults, _) = attach(self.connector, self.id, Channel::Faults).await?;
+                Ok::<_, Refusal>(Ok((bulk, faults, missing)))
+            };
+            match both.await {
+                Ok(Err((bulk, stats))) => return Ok(Again::Drained(bulk, stats)),
+                Ok(Ok((bulk, faults, missing))) => {
+                    let mut ranges = Vec::new();
+                    for r in missing {
+                        let Some(list) = r.unpack() else {
+                            return Err(ServeError::Refused("it lists pages that are none".into()));
+                        };
+                        ranges.extend(list.into_iter().map(|(a, b)| (r.space, a, b)));
+                    }
+                    return Ok(Again::Links(bulk, faults, ranges));
+                }
+                Err(Refusal::Refused(why)) => return Err(ServeError::Refused(why)),
+                Err(Refusal::Unreachable(why)) => tracing::debug!(why, "not connected yet"),
+            }
+            if self.cancel.is_cancelled() {
+                return Err(ServeError::Interrupted);
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+
+    async fn session(&self, s: &Arc<Session>, bulk: &mut C::Link, faults: &mut C::Link) -> End {
+        let rtt = bulk.rtt();
+        let pages = match bulk.open_pages().await {
+            Ok(p) => p,
+            Err(e) => return e.into(),
+        };
+        let push = push(s.clone(), pages, rtt, self.bandwidth, self.events);
+        let answers = answer(s.clone(), faults);
+        let hear = hear(s.clone(), bulk);
+        tokio::pin!(push, answers, hear);
+        let mut pushed = false;
+        let mut asked = false;
+        loop {
+            tokio::select! {
+                r = &mut push, if !pushed => match r {
+                    Ok(()) => pushed = true,
+                    // The control stream may know better why.
+                    Err(e) => return tokio::time::timeout(Duration::from_millis(50), &mut hear).await.ok().filter(|h| !matches!(h, End::Lost(_))).unwrap_or(e),
+                },
+                e = &mut answers => return tokio::time::timeout(Duration::from_millis(50), &mut hear).await.ok().filter(|h| !matches!(h, End::Lost(_))).unwrap_or(e),
+                e = &mut hear => return e,
+                () = self.cancel.cancelled(), if !asked => {
+                    asked = true;
+                    (self.events)(Event::Note { text: "the program runs at the other host already and needs its pages from here: this goes on until it has them".into() });
+                }
+            }
+        }
+    }
+}
+
+/// Hears acknowledgements, and the end.
+async fn hear<L: Link>(s: Arc<Session>, bulk: &mut L) -> End {
+    loop {
+        match wire::recv(bulk).await {
+            Ok(Message::Credit(bytes)) => {
+                let _ = s
+                    .under_way
+                    .fetch_update(Ordering::AcqRel, Ordering::Acquire, |u| Some(u.saturating_sub(bytes)));
+                s.acknowledged.notify_one();
+            }
+            Ok(Message::Drained(stats)) => return End::Done(*stats),
+            Ok(Message::Aborted(why)) => return End::Refused(why),
+            Ok(other) => return End::Lost(format!("{} in the drain", other.name())),
+            Err(e) => return e.into(),
+        }
+    }
+}
+
+/// Answers faults.
+async fn answer<L: Link>(s: Arc<Session>, faults: &mut L) -> End {
+    let mut pages = match faults.open_pages().await {
+        Ok(p) => p,
+        Err(e) => return e.into(),
+    };
+    loop {
+        let f = match wire::recv(faults).await {
+            Ok(Message::Fault(f)) => f,
+            Ok(other) => return End::Lost(format!("{} on the connection for faults", other.name())),
+            Err(e) => return e.into(),
+        };
+        let ranges = s.left().fault(f.space, f.at);
+        if ranges.is_empty() {
+            continue;
+        }
+        match s.originals.read(f.space, &ranges) {
+            Ok(batches) => {
+                for b in batches {
+                    s.note(&b);
+                    if let Err(e) = pages.send(&b.runs, b.data).await {
+                        return e.into();
+                    }
+                }
+            }
+            Err(e) => return End::Read(e),
+        }
+    }
+}
+
+/// Sends what nobody has asked for yet.
+async fn push<P: PageSender>(s: Arc<Session>, mut pages: P, rtt: Duration, bandwidth: Option<u64>, events: &Events) -> Result<(), End> {
+    let mut shown = Instant::now();
+    let mut done = 0u64;
+    loop {
+        let rate = done as f64 / s.started.elapsed().as_secs_f64().max(1e-3);
+        let window = ((rate * rtt.as_secs_f64() * 2.0) as u64).clamp(WINDOW.0, WINDOW.1);
+        while s.under_way.load(Ordering::Acquire) + PIECE * PAGE > window {
+            s.acknowledged.notified().await;
+        }
+        let Some((space, ranges)) = s.left().next() else { break };
+        let bytes: u64 = ranges.iter().map(|r| r.1 - r.0).sum();
+        s.under_way.fetch_add(bytes, Ordering::AcqRel);
+        let reading = s.clone();
+        let read = tokio::task::spawn_blocking(move || reading.originals.read(space, &ranges));
+        let batches = read.await.map_err(|e| End::Read(io::Error::other(e)))?.map_err(End::Read)?;
+        for b in batches {
+            s.note(&b);
+            pages.send(&b.runs, b.data).await?;
+        }
+        done += bytes;
+        if shown.elapsed() > Duration::from_millis(100) {
+            shown = Instant::now();
+            let left = s.left().pages() * PAGE;
+            events(Event::Progress {
+                round: 0,
+                bytes: s.total.saturating_sub(left),
+                total: s.total,
+                rate: rate as u64,
+            });
+        }
+        if let Some(limit) = bandwidth {
+            let due = Duration::from_secs_f64(pages.raw_and_wire_bytes().1 as f64 / limit as f64);
+            if let Some(early) = due.checked_sub(s.started.elapsed()) {
+                tokio::time::sleep(early).await;
+            }
+        }
+    }
+    pages.end().await?;
+    Ok(())
+}
