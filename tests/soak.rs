@@ -7,6 +7,9 @@ use std::time::Duration;
 /// How it is moved. One line for each mode and tracker, and one test for each of these below.
 const STOP: &[&str] = &["--mode", "stop"];
 const PRE_COPY: &[&str] = &["--mode", "pre-copy"];
+/// Slow, so that much happens while pages are missing.
+const POST_COPY: &[&str] = &["--mode", "post-copy", "--bandwidth", "60MB/s"];
+const HYBRID: &[&str] = &["--mode", "hybrid", "--max-rounds", "2", "--bandwidth", "60MB/s"];
 
 fn soak(how: &[&str], options: &[(&str, &str)]) {
     let hosts = two_hosts!();
@@ -45,6 +48,9 @@ macro_rules! soaks {
 }
 soaks! {
     everything_with_stop: STOP, &[];
+    everything_with_post_copy: POST_COPY, &[];
+    everything_with_hybrid: HYBRID, &[];
+    memory_alone_with_post_copy: POST_COPY, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];
     // Mappings that should be gone are found only where no thread's stack comes and goes.
     memory_alone_with_stop: STOP, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];
     memory_alone_with_pre_copy: PRE_COPY, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];

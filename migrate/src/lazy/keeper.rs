@@ -7,7 +7,10 @@ use std::{
     io,
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::{fs::DirBuilderExt, net::UnixStream},
+        unix::{
+            fs::{DirBuilderExt, OpenOptionsExt},
+            net::UnixStream,
+        },
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -63,11 +66,17 @@ impl Keeper {
         let ring = File::from(rustix::fs::memfd_create("migrate pages", rustix::fs::MemfdFlags::CLOEXEC)?);
         ring.set_len(u64::from(SLOTS) * SLOT as u64)?;
         let (ours, theirs) = UnixStream::pair()?;
+        // Only what goes wrong is in it; a keeper that ends well removes it.
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(socket(state_dir, id).with_extension("log"))?;
         let mut child = Command::new("/proc/self/exe")
             .arg(COMMAND)
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(log)
             .current_dir("/")
             .spawn()?;
         // It ends by itself; waited for only so that no zombie is left while this agent goes on.

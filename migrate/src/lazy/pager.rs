@@ -26,7 +26,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::{
     collections::{HashMap, VecDeque},
     fs::File,
-    io,
+    io::{self, Write},
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
@@ -96,7 +96,11 @@ pub fn main() -> io::Result<()> {
     let _ = rustix::process::setsid();
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
-    run(UnixStream::from(stdin))
+    let ended = run(UnixStream::from(stdin));
+    if let Err(e) = &ended {
+        let _ = writeln!(io::stderr(), "the keeper gives up: {e}");
+    }
+    ended
 }
 
 /// Runs until the program has all its pages and an agent knows, or the program is gone. `socket`: the agent that started this process.
@@ -126,9 +130,17 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
         told: false,
         bye: false,
     };
+    let log = keeper.socket.with_extension("log");
     // An agent that ends before the start takes the copy with it: so does this process then.
     while !keeper.started {
-        match agent.recv()? {
+        let m = match agent.recv() {
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                let _ = std::fs::remove_file(log);
+                return Ok(());
+            }
+            m => m?,
+        };
+        match m {
             ToKeeper::Space { regions, missing } => {
                 let fd = Userfault::from_fd(agent.descriptor()?);
                 let regions = regions
@@ -152,6 +164,9 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
     keeper.agent = Some(agent);
     let r = keeper.work();
     let _ = std::fs::remove_file(&keeper.socket);
+    if r.is_ok() && keeper.stats.anomalies == 0 {
+        let _ = std::fs::remove_file(log);
+    }
     r
 }
 
@@ -239,7 +254,7 @@ impl Keeper {
             Ok(m) => m,
             Err(e) => {
                 // Never seen. Faults would stay unanswered, which is better than to let go of the descriptor.
-                tracing::error!(error = %e, "a userfaultfd cannot be read");
+                let _ = writeln!(io::stderr(), "a userfaultfd cannot be read: {e}");
                 std::thread::sleep(Duration::from_millis(10));
                 return;
             }
@@ -294,7 +309,7 @@ impl Keeper {
             (_, Some(FillError::Gone)) => self.end(space),
             (_, Some(FillError::There | FillError::NoMapping)) => drop(fd.wake(at, PAGE)),
             (_, Some(FillError::Other(errno))) => {
-                tracing::error!(errno, "no zero page can be put in place");
+                let _ = writeln!(io::stderr(), "no zero page can be put in place: errno {errno}");
                 self.again.push((space, at));
             }
         }
@@ -456,9 +471,7 @@ impl Keeper {
         }
         for p in places {
             let from = data.map(|d| d + (p.origin - start) as usize);
-            let before = self.table.missing();
-            let settled = self.fill(p, from);
-            let put = before - self.table.missing();
+            let (settled, put) = self.fill(p, from);
             *(if urgent { &mut self.stats.pulled } else { &mut self.stats.pushed }) += put;
             if !settled {
                 return false;
@@ -476,11 +489,15 @@ impl Keeper {
         true
     }
 
-    fn fill(&mut self, p: Place, data: Option<usize>) -> bool {
+    /// Whether all of it is settled, and how many pages were put in place.
+    fn fill(&mut self, p: Place, data: Option<usize>) -> (bool, u64) {
         let mut at = p.start;
+        let mut put = 0;
         let mut single = false;
         while at < p.end {
-            let Some(Some(fd)) = self.fds.get(p.space) else { return true };
+            let Some(Some(fd)) = self.fds.get(p.space) else {
+                return (true, put);
+            };
             let len = if single { PAGE } else { p.end - at };
             let (n, error) = match data {
                 Some(d) => fd.copy(at, self.ring.local(d + (at - p.start) as usize, len as usize), len),
@@ -489,18 +506,19 @@ impl Keeper {
             if n > 0 {
                 self.table.filled(p.space, at, at + n);
                 at += n;
+                put += n / PAGE;
             }
             match error {
                 None => {}
                 Some(FillError::Event) => {
                     self.listen(p.space);
                     std::thread::yield_now();
-                    return false;
+                    return (false, put);
                 }
                 Some(FillError::There) => {
                     // Nobody else fills missing pages.
                     self.stats.anomalies += 1;
-                    tracing::error!("a page at {at:#x} was there before it arrived");
+                    let _ = writeln!(io::stderr(), "a page at {at:#x} was there before it arrived");
                     let _ = fd.wake(at, PAGE);
                     self.table.filled(p.space, at, at + PAGE);
                     at += PAGE;
@@ -514,17 +532,17 @@ impl Keeper {
                 }
                 Some(FillError::Gone) => {
                     self.end(p.space);
-                    return true;
+                    return (true, put);
                 }
                 Some(FillError::Other(errno)) => {
                     // Out of memory, most likely: the task waits, which is what it would do for the page anyway.
-                    tracing::error!(errno, "a page cannot be put in place");
+                    let _ = writeln!(io::stderr(), "a page cannot be put in place: errno {errno}");
                     std::thread::sleep(Duration::from_millis(5));
-                    return false;
+                    return (false, put);
                 }
             }
         }
-        true
+        (true, put)
     }
 }
 

@@ -69,6 +69,17 @@ impl Drop for Hosts {
         if std::thread::panicking() {
             self.a.dump();
             self.b.dump();
+            // What a keeper had to say.
+            for host in ["a", "b"] {
+                for entry in std::fs::read_dir(self.dir().join(host).join("keeper"))
+                    .into_iter()
+                    .flatten()
+                    .flatten()
+                {
+                    let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+                    eprintln!("--- host {host}: keeper {}\n{text}", entry.file_name().to_string_lossy());
+                }
+            }
         }
     }
 }
