@@ -1,5 +1,7 @@
 //! Agents that die, and users who change their mind. Whatever happens, the program lives on exactly one side, and counts on.
 
+mod drain;
+
 use migrate_harness::{Guest, Host, Hosts, Stdio, eventually, programs, two_hosts, within};
 use nix::sys::signal::Signal;
 use std::{
@@ -213,13 +215,18 @@ fn sender_killed_while_the_program_looks_at_clocks() {
     killed_between(&hosts, Victim::Sender, "clocks", rounds() / 2);
 }
 
+/// The arguments of `send` for a copy that takes its time within the freeze.
+fn stop_args<'s>(hosts: &Hosts, pid: &'s str, receiver: &'s migrate_harness::Receiver<'_>) -> Vec<&'s str> {
+    [hosts.a.send_args_any(pid, receiver), vec!["--mode", "stop"]].concat()
+}
+
 /// In the middle of a long copy, so that the kill is before the handover for sure.
 fn killed_in_the_middle(victim: Victim) {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "512")]);
     let receiver = hosts.b.receive(&Stdio::Null);
     let pid = guest.pid.to_string();
-    let sender = hosts.a.migrate(&hosts.a.send_args(&pid, &receiver)).start();
+    let sender = hosts.a.migrate(&stop_args(&hosts, &pid, &receiver)).start();
     let copying = eventually(Duration::from_secs(20), || {
         sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\"")
     });
@@ -256,7 +263,7 @@ fn ctrl_c_in_the_middle_thaws_and_leaves_nothing_behind() {
     let receiver = hosts.b.receive(&Stdio::Null);
     let pid = guest.pid.to_string();
     let maps_before = fs::read_to_string(format!("/proc/{}/maps", hosts.a.outer(guest.pid).unwrap())).unwrap();
-    let sender = hosts.a.migrate(&hosts.a.send_args(&pid, &receiver)).start();
+    let sender = hosts.a.migrate(&stop_args(&hosts, &pid, &receiver)).start();
     let copying = eventually(Duration::from_secs(20), || {
         sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\"")
     });
@@ -312,7 +319,7 @@ fn the_program_itself_is_killed_in_the_middle() {
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "512")]);
     let receiver = hosts.b.receive(&Stdio::Null);
     let pid = guest.pid.to_string();
-    let sender = hosts.a.migrate(&hosts.a.send_args(&pid, &receiver)).start();
+    let sender = hosts.a.migrate(&stop_args(&hosts, &pid, &receiver)).start();
     assert!(eventually(Duration::from_secs(20), || {
         sender.stderr().contains("\"freeze\"") || sender.stderr().contains("\"transfer\"")
     }));

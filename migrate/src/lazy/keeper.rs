@@ -10,6 +10,7 @@ use std::{
         unix::{
             fs::{DirBuilderExt, OpenOptionsExt},
             net::UnixStream,
+            process::CommandExt,
         },
     },
     path::{Path, PathBuf},
@@ -73,6 +74,7 @@ impl Keeper {
             .mode(0o600)
             .open(socket(state_dir, id).with_extension("log"))?;
         let mut child = Command::new("/proc/self/exe")
+            .arg0("migrate")
             .arg(COMMAND)
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())

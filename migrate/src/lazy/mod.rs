@@ -83,7 +83,8 @@ pub fn split(tree: &Tree, names: &Names, plans: Vec<SpacePlan>, budget: u64) -> 
     out
 }
 
-/// Pages that a task touches as soon as it runs: its stack and its code, its thread area, what the kernel writes for it.
+/// Pages that a task touches as soon as it runs: its stack and its code, its thread area, what the kernel writes for it. And the arguments and the
+/// environment, which others read through /proc, where the kernel does not wait for a page: ps(1) would show a program without a name.
 fn first(tree: &Tree, mm: usize) -> PageSet {
     let mut set = PageSet::new();
     let mut add = |at: u64, before: u64, len: u64| {
@@ -91,6 +92,13 @@ fn first(tree: &Tree, mm: usize) -> PageSet {
             set.insert(at - before, at + len);
         }
     };
+    let l = &tree.mms[mm].layout;
+    for (start, end) in [(l.arg_start, l.arg_end), (l.env_start, l.env_end)] {
+        const MOST: u64 = 128 << 10;
+        if start < end {
+            add(start, 0, (end - start).min(MOST));
+        }
+    }
     for p in tree.processes.iter().filter(|p| p.mm as usize == mm && p.zombie.is_none()) {
         for t in &p.threads {
             // The red zone below, a frame or two above.

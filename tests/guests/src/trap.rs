@@ -3,6 +3,7 @@
 //! Each kind does its operation once a period, on memory of which it knows what every page must hold, while some other memory is written so that
 //! there is something to send in every round.
 
+mod late;
 mod mappings;
 mod objects;
 mod tasks;
@@ -174,6 +175,7 @@ pub fn trap(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     let mut run = mappings::kind(&kind)
         .or_else(|| objects::kind(&kind, &mut kit))
         .or_else(|| tasks::kind(&kind, &mut kit))
+        .or_else(|| late::kind(&kind))
         .unwrap_or_else(|| Err(io::Error::other(format!("there is no kind {kind:?}"))))?;
     for _ in 0..8 {
         run(&mut kit, Call::Step)?;

@@ -102,10 +102,10 @@ impl Tree for Process<'_> {
     }
 }
 
-/// How trees are moved where a test does not say: `MIGRATE_TEST_MODE`, else by stopping.
+/// How trees are moved where a test does not say: `MIGRATE_TEST_MODE`, else as `send` does by itself.
 pub fn mode() -> &'static str {
     static MODE: OnceLock<String> = OnceLock::new();
-    MODE.get_or_init(|| std::env::var("MIGRATE_TEST_MODE").unwrap_or_else(|_| "stop".into()))
+    MODE.get_or_init(|| std::env::var("MIGRATE_TEST_MODE").unwrap_or_else(|_| "hybrid".into()))
 }
 
 /// Whether the memory oracle watches: `MIGRATE_TEST_VERIFY=0` turns it off, for figures.
@@ -186,7 +186,8 @@ impl Host {
         args
     }
 
-    fn send_args_any<'s>(&self, pid: &'s str, receiver: &'s Receiver<'_>) -> Vec<&'s str> {
+    /// The same without a mode.
+    pub fn send_args_any<'s>(&self, pid: &'s str, receiver: &'s Receiver<'_>) -> Vec<&'s str> {
         vec!["send", pid, &receiver.target, "--ticket", &receiver.ticket, "--json"]
     }
 

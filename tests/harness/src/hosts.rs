@@ -53,6 +53,22 @@ impl Hosts {
         Some(Hosts { a, b, dir })
     }
 
+    /// Cuts the link between them.
+    pub fn cut(&self) {
+        self.link("down");
+    }
+
+    /// Joins them again.
+    pub fn join(&self) {
+        self.link("up");
+    }
+
+    fn link(&self, state: &str) {
+        let ip = crate::tools::tool("ip").expect("ip");
+        let set = || Command::new(&ip).args(["link", "set", "eth0", state]).status().expect("ip runs");
+        assert!(self.b.inside(set).success(), "eth0 {state}");
+    }
+
     /// A directory that both see, gone after the test.
     pub fn dir(&self) -> &Path {
         self.dir.path()

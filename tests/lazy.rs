@@ -1,0 +1,136 @@
+//! What a program may do while pages are missing: each operation is done over and over while its memory arrives slowly, and the program looks for
+//! itself whether every page is what it should be.
+
+use migrate_harness::{Ended, Guest, Stdio, two_hosts, within};
+use std::time::Duration;
+
+/// Slow: 88 MiB take about two seconds, in which the operation is done hundreds of times.
+const LATE: &[&str] = &["--mode", "post-copy", "--bandwidth", "40MB/s"];
+
+fn late(kind: &str) {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "trap", &[("kind", kind)]);
+    assert!(guest.beats(), "{kind}");
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, LATE);
+    let drain = &moved.report["drain"];
+    println!(
+        "{kind}: freeze {:.1} ms, {} faults, {} pages pulled, {} pushed, drain {:.0} ms",
+        moved.number("downtime_ms"),
+        moved.report["fault_latency_us"]["count"],
+        drain["pulled"],
+        drain["pushed"],
+        drain["ms"].as_f64().unwrap_or(0.0)
+    );
+    assert!(moved.number("pages_lazy") > 10_000.0, "{}", moved.report);
+    assert!(drain["pulled"].as_u64() > Some(0), "nothing was asked for: {}", moved.report);
+    assert!(guest.beats(), "{kind} on b");
+    guest.verify(&format!("{kind}, on b"));
+    let mark = hosts.b.deaths();
+    guest.quit();
+    let ended = within("end of the guest", Duration::from_secs(20), || {
+        match hosts.b.ended_since(mark, moved.pid) {
+            Some(ended) => Some(Some(ended)),
+            None => hosts.b.process(moved.pid).is_none().then_some(None),
+        }
+    });
+    assert!(matches!(ended, None | Some(Ended::Code(0))), "{ended:?}\n{}", guest.output());
+}
+
+macro_rules! while_pages_are_missing {
+    ($($test:ident: $kind:literal;)*) => { $(
+        #[test]
+        fn $test() {
+            late($kind);
+        }
+    )* };
+}
+while_pages_are_missing! {
+    mappings_that_come_and_go: "new";
+    a_mapping_that_moves: "moved";
+    mappings_that_change_places: "swapped";
+    pages_that_move_and_leave_their_mapping: "left-behind";
+    unmapped_and_mapped_again: "replaced";
+    mapped_over: "mapped-over";
+    grown_and_shrunk: "grown";
+    the_break_up_and_down: "brk";
+    a_stack_that_grows: "stack";
+    rights_that_change: "protected";
+    dropped_pages: "dropped";
+    freed_pages: "freed";
+    huge_pages: "huge";
+    advice_about_forks: "fork-advice";
+    private_pages_given_back_to_the_file: "file";
+    holes_in_shared_memory: "punched";
+    a_memfd_written_by_its_descriptor: "written-by-descriptor";
+    shared_memory_written_by_a_child: "written-by-a-child";
+    another_kind_of_mapping_at_the_same_place: "other-backing";
+    processes_that_come_and_go: "forks";
+    processes_with_children_that_come_and_go: "grandchildren";
+    processes_that_execute_something: "execs";
+    threads_that_come_and_go: "threads";
+    system_calls_that_read_and_write_it: "calls";
+    threads_in_the_same_page: "touched-by-threads";
+    a_handler_while_its_task_waits: "interrupted";
+    pages_without_the_right_to_write: "read-only";
+    proc_self_mem_says_eio_or_the_truth: "own-mem";
+    children_forked_before_their_pages_came: "checked-by-children";
+}
+
+#[test]
+fn hybrid_goes_lazy_when_rounds_do_not_help() {
+    let hosts = two_hosts!();
+    // It writes as fast as it can, far more than the limit lets through.
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "96"), ("dirty", "400")]);
+    let how = ["--mode", "hybrid", "--bandwidth", "80MB/s"];
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &how);
+    let rounds = moved.report["rounds"].as_array().map_or(0, Vec::len);
+    assert!(rounds >= 2, "{}", moved.report);
+    assert!(moved.number("pages_lazy") > 1000.0, "{}", moved.report);
+    // What the rounds delivered and nobody wrote again is not sent again.
+    let (sent, zero) = (moved.number("pages_sent"), moved.number("pages_zero"));
+    println!(
+        "{rounds} rounds, {sent} pages and {zero} zero pages sent, {} of them late",
+        moved.number("pages_lazy")
+    );
+    assert!(guest.beats());
+    guest.verify("on b");
+    guest.quit();
+}
+
+#[test]
+fn nothing_is_late_when_rounds_suffice() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "64")]);
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "hybrid"]);
+    assert_eq!(moved.number("pages_lazy"), 0.0, "{}", moved.report);
+    guest.verify("on b");
+    guest.quit();
+}
+
+#[test]
+fn it_is_not_moved_on_before_its_pages_are_there() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "128")]);
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let pid = guest.pid.to_string();
+    let args = [
+        hosts.a.send_args_any(&pid, &receiver),
+        vec!["--mode", "post-copy", "--bandwidth", "8MB/s"],
+    ]
+    .concat();
+    let first = hosts.a.migrate(&args).start();
+    within("the drain", Duration::from_secs(20), || {
+        first.stderr().contains("\"drain\"").then_some(())
+    });
+    let copy = hosts.b.running("migrate-guest").first().expect("the copy").pid;
+    // It waits some seconds for the drain to end, then says what is in the way; and harms nothing.
+    let onward = hosts.a.receive(&Stdio::Null);
+    let sent = hosts.b.send(copy, &onward, &["--mode", "stop"]);
+    sent.expect_code(3).expect_says(&["still arriving"]);
+    assert!(guest.beats(), "it runs on meanwhile");
+    assert!(first.ended().is_none(), "the drain was over: {}", first.stderr());
+    guest.verify("while pages are missing");
+    assert_eq!(first.wait_for(Duration::from_secs(60)), Ended::Code(0), "{}", first.stderr());
+    guest.verify("after the drain");
+    guest.quit();
+}
