@@ -15,7 +15,7 @@ pub use migrate_engine::{
     checkpoint::{CheckpointOptions, ImageInfo},
 };
 use migrate_transport::{
-    AcceptError, ConnectError, Link,
+    AcceptError, BindError, ConnectError, Link,
     quic::{self, Listener, QuicLink},
     trust::{Fingerprint, Identity, PeerName, Ticket, Tickets, TrustStore},
 };
@@ -25,7 +25,7 @@ use std::{
     path::{Path, PathBuf},
     str::FromStr,
     sync::{Arc, Mutex},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -104,7 +104,16 @@ impl Receiver {
         let store = TrustStore::open(state_dir).map_err(|e| fail(&e))?;
         Journal::prune(state_dir);
         let tickets = Tickets::new(&id);
-        let listener = Listener::bind(listen, &id, store, tickets.clone()).await.map_err(|e| fail(&e))?;
+        // One that was killed a moment ago may still be held by what it was building, which is about to end.
+        let end = Instant::now() + Duration::from_secs(1);
+        let listener = loop {
+            match Listener::bind(listen, &id, store.clone(), tickets.clone()).await {
+                Err(BindError::Socket { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < end => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                r => break r.map_err(|e| fail(&e))?,
+            }
+        };
         let r = Receiver {
             listener,
             id,

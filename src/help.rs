@@ -29,9 +29,9 @@ Exit codes:
   3  it cannot move; what stands in the way is named, with the fix";
 
 pub const MIGRATE: &str = "\
-Moves a running process tree from one Linux host to another while it keeps running. The program is frozen while its \
-memory is copied, or with --mode pre-copy only for what it wrote last (on-demand pages are not built yet), and goes on at the destination where it stopped: same pids, \
-open files, pipes, timers, listening ports.
+Moves a running process tree from one Linux host to another while it keeps running. Its memory is \
+copied in rounds meanwhile; it is frozen only for what it wrote last, goes on at the destination where it stopped, and \
+gets on demand what could not be copied in time: same pids, open files, pipes, timers, listening ports.
 
 On the host that is to take it:
   # migrate receive

@@ -276,6 +276,7 @@ fn write(
         guards: snap.guards.clone(),
         bytes: total,
         later: Vec::new(),
+        narrowed: false,
         verify: false,
     };
     let state = codec::encode(&state).map_err(io::Error::other)?;

@@ -13,7 +13,9 @@ use crate::{
         fetch::{Drain, Hub},
         keeper::{Armed, Keeper},
     },
-    oracle, preflight,
+    oracle,
+    pages::PageSet,
+    preflight,
     report::{Downtime, Event, Events, Failure, Report, Round, Stdio},
     restore::{
         fds::StdioFds,
@@ -23,7 +25,7 @@ use crate::{
     },
     sys::{misc, priority::Background},
     tracer::Tracer,
-    wire::{self, Accept, Applied, Attach, Attached, Channel, Message, RoundStart, Running, State, WireError},
+    wire::{self, Accept, Applied, Attach, Attached, Channel, Message, Ranges, RoundStart, Running, State, WireError},
 };
 use migrate_transport::{Link, PageFrame, PageReceiver};
 use std::{
@@ -280,7 +282,6 @@ pub async fn serve<L: Link>(
         pages_lazy: stats.as_ref().map_or(0, |s| s.pulled + s.pushed),
         fault_latency_us: stats.as_ref().map(|s| s.latency.clone()).unwrap_or_default(),
         drain: stats.map(|s| crate::report::Drain::of(&s, after.elapsed())),
-        ..Default::default()
     })))
 }
 
@@ -307,7 +308,7 @@ async fn attach<L: Link>(
     };
     let adopted = (a.channel == Channel::Bulk).then(|| Keeper::adopt(state_dir, &a.id));
     let (keeper, links) = match (adopted, hub.register(&a.id)) {
-        (Some(Ok((keeper, _))), Some(links)) => (keeper, links),
+        (Some(Ok(keeper)), Some(links)) => (keeper, links),
         _ => {
             let m = match answer(state_dir, &a.id) {
                 Message::Running(Running { draining: false, .. }) if a.channel == Channel::Bulk => Message::Drained(Box::default()),
@@ -545,6 +546,7 @@ async fn last<L: Link>(
         guards,
         bytes,
         later,
+        narrowed,
         verify,
     } = state;
     if !later.is_empty() && site.keeper.is_none() {
@@ -554,7 +556,14 @@ async fn last<L: Link>(
     let sink = site.shape(tree, names, drops, !later.is_empty()).await?;
     laps.lap("shape");
     let number = rounds.len() as u32 + 1;
-    let complete = move |c: &mut Rebuild| c.complete(&stdio, &guards).map_err(|e| e.to_string());
+    let complete = move |c: &mut Rebuild| {
+        let done = if narrowed {
+            c.prepare(&stdio, &guards)
+        } else {
+            c.complete(&stdio, &guards)
+        };
+        done.map_err(|e| e.to_string())
+    };
     let round = if bytes <= MEANWHILE {
         let (arrived, built) = tokio::join!(pages(link, sink, number, bytes, events), site.with(complete));
         built??;
@@ -578,11 +587,11 @@ async fn last<L: Link>(
         None
     };
     laps.lap("pages and state");
-    let armed = if later.is_empty() {
-        Vec::new()
-    } else {
-        site.with(move |c| c.arm(&later).map_err(|e| e.to_string())).await??
-    };
+    let mut armed = Vec::new();
+    if !later.is_empty() && !narrowed {
+        let later = later.clone();
+        armed = site.with(move |c| c.arm(&later).map_err(|e| e.to_string())).await??;
+    }
     laps.lap("register");
     site.with(|c| c.finish().map_err(|e| e.to_string())).await??;
     laps.lap("finish");
@@ -605,8 +614,16 @@ async fn last<L: Link>(
         }
     }
     laps.lap("handover");
+    if narrowed {
+        let exact = narrow(&later, &h.later.unwrap_or_default())?;
+        let guards = h.guards;
+        armed = site
+            .with(move |c| c.contexts(&guards).and_then(|()| c.arm(&exact)).map_err(|e| e.to_string()))
+            .await??;
+    }
+    laps.lap("narrow");
     let keeper = match site.keeper.take() {
-        Some(keeper) if !armed.is_empty() => Some(start_keeper(keeper, armed).await?),
+        Some(keeper) if !armed.is_empty() => Some(start_keeper(keeper, armed)?),
         _ => None,
     };
     laps.lap("keeper");
@@ -614,8 +631,23 @@ async fn last<L: Link>(
     Ok((arrived, keeper))
 }
 
-/// Hands the copy's memory over to the keeper.
-async fn start_keeper(mut keeper: Keeper, armed: Vec<Armed>) -> Result<Keeper, String> {
+/// Of the pages announced, those that have content.
+fn narrow(announced: &[Ranges], content: &[Ranges]) -> Result<Vec<Ranges>, String> {
+    let bad = || "the source lists pages that are none".to_owned();
+    let set = |r: &Ranges| r.unpack().map(PageSet::from_ranges).ok_or_else(bad);
+    let mut out = Vec::new();
+    for r in content {
+        let all = announced.iter().find(|a| a.space == r.space).ok_or_else(bad)?;
+        let both = set(all)?.intersection(&set(r)?);
+        if !both.is_empty() {
+            out.push(Ranges::pack(r.space, both.ranges()));
+        }
+    }
+    Ok(out)
+}
+
+/// Hands the copy's memory over to the keeper: a few kilobytes to a process that reads.
+fn start_keeper(mut keeper: Keeper, armed: Vec<Armed>) -> Result<Keeper, String> {
     let start = move || {
         for a in armed {
             keeper.take(a)?;
@@ -623,7 +655,7 @@ async fn start_keeper(mut keeper: Keeper, armed: Vec<Armed>) -> Result<Keeper, S
         keeper.start()?;
         Ok(keeper)
     };
-    let started = tokio::task::spawn_blocking(start).await.map_err(io::Error::other).and_then(|k| k);
+    let started = start();
     started.map_err(|e: io::Error| format!("the keeper of the copy's memory is gone: {e}"))
 }
 

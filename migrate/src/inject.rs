@@ -187,8 +187,28 @@ impl Injector {
         (ret != i64::MIN).then_some(ret)
     }
 
+    /// A record that stops a task in the middle of its batch, for [`Injector::run_with`]; when the agent is dead by then, the batch goes on as if it
+    /// were not there. None: no signal of this task can be had for it.
+    pub fn pause(&self, task: usize) -> Option<Record> {
+        let signal = self.signals[task]?;
+        Some(Record::new(
+            libc::SYS_tgkill,
+            &[self.inner_tgid as u64, self.tids[task].1 as u64, signal as u64],
+        ))
+    }
+
     /// Runs one batch in each task at once. `batches[i]` belongs to task i and may be empty.
     pub fn run(&self, tasks: &[Task], batches: &[Vec<Record>]) -> Result<Vec<Results<'_>>, InjectError> {
+        self.run_with(tasks, batches, None)
+    }
+
+    /// The same; the first task's batch has a [`Injector::pause`] in it, at which this is called.
+    pub fn run_with(
+        &self,
+        tasks: &[Task],
+        batches: &[Vec<Record>],
+        mut pause: Option<&mut dyn FnMut()>,
+    ) -> Result<Vec<Results<'_>>, InjectError> {
         let io = |what| {
             move |source| InjectError::Io {
                 pid: self.pid,
@@ -254,9 +274,16 @@ impl Injector {
             }
         }
         for &i in &started {
-            if let Some(s) = self.signals[i]
-                && let Err(e) = wait_for(self.tids[i].0, s)
-            {
+            let tid = self.tids[i].0;
+            let waited = self.signals[i].map_or(Ok(()), |s| {
+                if let Some(f) = pause.take_if(|_| i == 0) {
+                    wait_for(tid, s)?;
+                    f();
+                    ptrace::cont(tid, 0).map_err(WaitError::Io)?;
+                }
+                wait_for(tid, s)
+            });
+            if let Err(e) = waited {
                 failure.get_or_insert(e.into_inject(self.pid));
             }
             ptrace::set_regs(self.tids[i].0, &tasks[i].regs).map_err(io("restore registers"))?;

@@ -212,6 +212,8 @@ pub struct State {
     pub bytes: u64,
     /// Pages that follow after the resume.
     pub later: Vec<Ranges>,
+    /// Not each of them has content, and there may be guard regions among them: the handover says which.
+    pub narrowed: bool,
     /// Hashes of all pages but those come with the handover.
     pub verify: bool,
 }
@@ -223,6 +225,10 @@ pub struct Handover {
     pub pages: u64,
     /// Zero pages that were sent.
     pub zero: u64,
+    /// What of the pages that follow has content, when the state did not know that yet.
+    pub later: Option<Vec<Ranges>>,
+    /// Guard regions by address space, which were found with them.
+    pub guards: Vec<Vec<(u64, u64)>>,
     /// Hashes of every page at the freeze, when asked for: (space, address, first 8 bytes of blake3).
     pub hashes: Option<Vec<(u32, u64, u64)>>,
 }

@@ -3,7 +3,7 @@
 //! A *space* is what an address in a page run refers to: the address space with index n, or [`OBJECT_SPACE`] + n for object n.
 
 use crate::{
-    image::{Backing, Mm, PAGE, Tree},
+    image::{Backing, Mm, PAGE, Tree, Vma},
     sys::{
         mem::{self, Mem},
         pagemap::{Pagemap, Range},
@@ -47,11 +47,16 @@ pub type Guards = Vec<(u64, u64)>;
 
 /// Private pages of an address space that the destination cannot get from a file, and its guard regions.
 pub fn plan_mm(pid: i32, space: u32, mm: &Mm) -> io::Result<(SpacePlan, Guards)> {
+    plan_some(pid, space, mm, &|_| true)
+}
+
+/// The same of some mappings.
+pub fn plan_some(pid: i32, space: u32, mm: &Mm, wanted: &dyn Fn(&Vma) -> bool) -> io::Result<(SpacePlan, Guards)> {
     let pagemap = Pagemap::open(pid)?;
     let mut found: Vec<Range> = Vec::new();
     let mut plan = SpacePlan { space, ranges: Vec::new() };
     let mut guards = Vec::new();
-    for v in &mm.vmas {
+    for v in mm.vmas.iter().filter(|v| wanted(v)) {
         let private_over_file = match &v.backing {
             Backing::Special(_) => continue,
             Backing::Anonymous => false,
@@ -70,6 +75,20 @@ pub fn plan_mm(pid: i32, space: u32, mm: &Mm) -> io::Result<(SpacePlan, Guards)>
                     _ => plan.ranges.push((r.start, r.end)),
                 }
             }
+        }
+    }
+    Ok((plan, guards))
+}
+
+/// Pages of anonymous mappings of an address space, and its guard regions there: quick, see [`Pagemap::populated_anonymous`].
+pub fn plan_anonymous(pid: i32, space: u32, vmas: &[Vma]) -> io::Result<(SpacePlan, Guards)> {
+    let pagemap = Pagemap::open(pid)?;
+    let (mut plan, mut guards) = (SpacePlan { space, ranges: Vec::new() }, Vec::new());
+    for v in vmas {
+        let mut found = Vec::new();
+        pagemap.populated_anonymous(v.start, v.end, &mut found)?;
+        for r in found {
+            if r.guard { &mut guards } else { &mut plan.ranges }.push((r.start, r.end));
         }
     }
     Ok((plan, guards))

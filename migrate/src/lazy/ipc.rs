@@ -60,11 +60,8 @@ pub enum ToKeeper {
 /// From the keeper.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromKeeper {
-    /// To a later agent: what is missing still, as (name, start, end) at the source. The ring's descriptor comes along.
-    Hello {
-        /// Ranges.
-        missing: Vec<(u32, u64, u64)>,
-    },
+    /// To a later agent; the ring's descriptor comes along.
+    Hello,
     /// The answer to [`ToKeeper::List`].
     Missing {
         /// Ranges.
@@ -244,14 +241,14 @@ impl Channel {
     }
 
     /// The next whole message, if it is there.
-    pub fn next<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
+    pub fn message<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
         decoded(&mut self.buf)
     }
 
     /// Waits for the next message.
     pub fn recv<T: DeserializeOwned>(&mut self) -> io::Result<T> {
         loop {
-            if let Some(m) = self.next()? {
+            if let Some(m) = self.message()? {
                 return Ok(m);
             }
             if !self.fill(true)? {

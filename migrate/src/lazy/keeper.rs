@@ -103,8 +103,8 @@ impl Keeper {
         self.channel.send(&ToKeeper::Start, &[])
     }
 
-    /// Finds the keeper that an earlier agent left, with what it misses: (name, start, end) at the source. NotFound: there is none.
-    pub fn adopt(state_dir: &Path, id: &str) -> io::Result<(Keeper, Vec<(u32, u64, u64)>)> {
+    /// Finds the keeper that an earlier agent left. NotFound: there is none.
+    pub fn adopt(state_dir: &Path, id: &str) -> io::Result<Keeper> {
         if !crate::journal::valid_id(id) {
             return Err(io::ErrorKind::NotFound.into());
         }
@@ -119,12 +119,12 @@ impl Keeper {
             r => r?,
         };
         let mut channel = Channel::new(stream);
-        let FromKeeper::Hello { missing } = channel.recv()? else {
+        let FromKeeper::Hello = channel.recv()? else {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the keeper did not say hello"));
         };
         let ring = File::from(channel.descriptor()?);
         let ring = Region::map(&ring, SLOTS as usize * SLOT, 0)?;
-        Ok((Keeper { channel, ring }, missing))
+        Ok(Keeper { channel, ring })
     }
 
     /// Whether an earlier agent left one for this migration.

@@ -85,7 +85,7 @@ pub fn split(tree: &Tree, names: &Names, plans: Vec<SpacePlan>, budget: u64) -> 
 
 /// Pages that a task touches as soon as it runs: its stack and its code, its thread area, what the kernel writes for it. And the arguments and the
 /// environment, which others read through /proc, where the kernel does not wait for a page: ps(1) would show a program without a name.
-fn first(tree: &Tree, mm: usize) -> PageSet {
+pub fn first(tree: &Tree, mm: usize) -> PageSet {
     let mut set = PageSet::new();
     let mut add = |at: u64, before: u64, len: u64| {
         if at > PAGE * 16 && at < 1 << 56 {
@@ -114,7 +114,7 @@ fn first(tree: &Tree, mm: usize) -> PageSet {
 }
 
 /// The ranges of a set, cut at the borders of mappings.
-fn at_borders(set: &PageSet, vmas: &[Vma]) -> Vec<(u64, u64)> {
+pub fn at_borders(set: &PageSet, vmas: &[Vma]) -> Vec<(u64, u64)> {
     let mut out = Vec::new();
     for v in vmas {
         out.extend(set.clip(v.start, v.end).ranges());

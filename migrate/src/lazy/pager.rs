@@ -18,6 +18,7 @@ use crate::{
     image::PAGE,
     report::FaultLatency,
     sys::{
+        priority,
         region::Region,
         uffd::{FillError, Message, Userfault},
     },
@@ -95,6 +96,7 @@ pub fn main() -> io::Result<()> {
     set.thread_block()?;
     let _ = rustix::process::setsid();
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    priority::ahead();
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
     let ended = run(UnixStream::from(stdin));
     if let Err(e) = &ended {
@@ -359,7 +361,7 @@ impl Keeper {
         let open = a.flush().and_then(|()| a.fill(false)).unwrap_or(false);
         loop {
             let Some(a) = &mut self.agent else { return };
-            match a.next::<ToKeeper>() {
+            match a.message::<ToKeeper>() {
                 Ok(Some(ToKeeper::Frame { slot, urgent, runs })) => {
                     let frame = Frame {
                         slot,
@@ -393,10 +395,7 @@ impl Keeper {
         };
         self.leave();
         let mut agent = Channel::new(stream);
-        let hello = FromKeeper::Hello {
-            missing: self.table.owed(),
-        };
-        if agent.send(&hello, &[&self.ring_fd]).is_err() {
+        if agent.send(&FromKeeper::Hello, &[&self.ring_fd]).is_err() {
             return;
         }
         self.agent = Some(agent);

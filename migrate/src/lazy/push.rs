@@ -91,7 +91,7 @@ impl Left {
     }
 
     /// The next piece to push, as ranges of one space.
-    pub fn next(&mut self) -> Option<(u32, Vec<(u64, u64)>)> {
+    pub fn take_piece(&mut self) -> Option<(u32, Vec<(u64, u64)>)> {
         while let Some(mut h) = self.hints.pop_front() {
             let piece = self.follow(&mut h);
             if h.reach.0 > 0 || h.reach.1 > 0 {
@@ -193,13 +193,13 @@ mod tests {
                 }
                 note(name, got);
                 for _ in 0..pushes {
-                    if let Some((name, ranges)) = left.next() {
+                    if let Some((name, ranges)) = left.take_piece() {
                         prop_assert!(!ranges.is_empty());
                         note(name, ranges);
                     }
                 }
             }
-            while let Some((name, ranges)) = left.next() {
+            while let Some((name, ranges)) = left.take_piece() {
                 prop_assert!(ranges.iter().map(|r| r.1 - r.0).sum::<u64>() <= PIECE * PAGE);
                 note(name, ranges);
             }
@@ -214,13 +214,13 @@ mod tests {
         let at = 32 << 20;
         assert_eq!(left.fault(0, at), [(at, at + WINDOW * PAGE)]);
         let up = (at + WINDOW * PAGE, at + (WINDOW + PIECE) * PAGE);
-        assert_eq!(left.next(), Some((0, vec![up])));
-        assert_eq!(left.next(), Some((0, vec![(at - PIECE * PAGE, at)])));
-        assert_eq!(left.next(), Some((0, vec![(up.1, up.1 + PIECE * PAGE)])));
+        assert_eq!(left.take_piece(), Some((0, vec![up])));
+        assert_eq!(left.take_piece(), Some((0, vec![(at - PIECE * PAGE, at)])));
+        assert_eq!(left.take_piece(), Some((0, vec![(up.1, up.1 + PIECE * PAGE)])));
         // Asked for once more while it is under way: nothing is sent again.
         assert!(left.fault(0, at).is_empty());
         // Where nobody is, it begins at the beginning, once what is around the fault is there.
-        let mut rest: Vec<u64> = std::iter::from_fn(|| left.next()).map(|p| p.1[0].0).collect();
+        let mut rest: Vec<u64> = std::iter::from_fn(|| left.take_piece()).map(|p| p.1[0].0).collect();
         let first = rest.iter().position(|a| *a == 0).unwrap();
         let around = rest.drain(..first).filter(|a| a.abs_diff(at) > REACH + PIECE * PAGE).count();
         assert_eq!(around, 0);

@@ -31,6 +31,10 @@ use tokio_util::sync::CancellationToken;
 
 /// Least bytes of the push that are under way, and most.
 const WINDOW: (u64, u64) = (1 << 20, 16 << 20);
+/// The least while tasks wait for pages, each of which queues behind them.
+const RESPONSIVE: u64 = 512 << 10;
+/// How long after a fault that lasts.
+const AFTER_A_FAULT: Duration = Duration::from_millis(20);
 /// How long an answer to an attachment may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -124,6 +128,8 @@ struct Session {
     pages: AtomicU64,
     zero: AtomicU64,
     first: Mutex<Option<Instant>>,
+    /// Microseconds after the start; 0: none yet.
+    last_fault: AtomicU64,
 }
 
 impl Session {
@@ -134,6 +140,13 @@ impl Session {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .get_or_insert_with(Instant::now);
+    }
+
+    /// Bytes that may be under way; `path`: what the path holds, twice.
+    fn window(&self, path: u64) -> u64 {
+        let last = self.last_fault.load(Ordering::Relaxed);
+        let faulting = last > 0 && (self.started.elapsed().as_micros() as u64).saturating_sub(last) < AFTER_A_FAULT.as_micros() as u64;
+        path.clamp(if faulting { RESPONSIVE } else { WINDOW.0 }, WINDOW.1)
     }
 
     fn left(&self) -> std::sync::MutexGuard<'_, Left> {
@@ -254,6 +267,7 @@ impl<C: Connector> Drain<'_, C> {
                 pages: AtomicU64::new(0),
                 zero: AtomicU64::new(0),
                 first: Mutex::new(None),
+                last_fault: AtomicU64::new(0),
             });
             let before = bulk.bytes_sent();
             let end = self.session(&session, &mut bulk, &mut faults).await;
@@ -282,7 +296,7 @@ impl<C: Connector> Drain<'_, C> {
                     (self.events)(Event::Note {
                         text: format!(
                             "the connection is lost ({why}); the copy runs, and needs {} more MiB from here: connecting again",
-                            session.left().pages() * PAGE >> 20
+                            (session.left().pages() * PAGE) >> 20
                         ),
                     });
                 }
@@ -387,6 +401,7 @@ async fn answer<L: Link>(s: Arc<Session>, faults: &mut L) -> End {
             Ok(other) => return End::Lost(format!("{} on the connection for faults", other.name())),
             Err(e) => return e.into(),
         };
+        s.last_fault.store(s.started.elapsed().as_micros() as u64 + 1, Ordering::Relaxed);
         let ranges = s.left().fault(f.space, f.at);
         if ranges.is_empty() {
             continue;
@@ -411,11 +426,11 @@ async fn push<P: PageSender>(s: Arc<Session>, mut pages: P, rtt: Duration, bandw
     let mut done = 0u64;
     loop {
         let rate = done as f64 / s.started.elapsed().as_secs_f64().max(1e-3);
-        let window = ((rate * rtt.as_secs_f64() * 2.0) as u64).clamp(WINDOW.0, WINDOW.1);
-        while s.under_way.load(Ordering::Acquire) + PIECE * PAGE > window {
+        let path = (rate * rtt.as_secs_f64() * 2.0) as u64;
+        while s.under_way.load(Ordering::Acquire) + PIECE * PAGE > s.window(path) {
             s.acknowledged.notified().await;
         }
-        let Some((space, ranges)) = s.left().next() else { break };
+        let Some((space, ranges)) = s.left().take_piece() else { break };
         let bytes: u64 = ranges.iter().map(|r| r.1 - r.0).sum();
         s.under_way.fetch_add(bytes, Ordering::AcqRel);
         let reading = s.clone();

@@ -309,6 +309,18 @@ pub fn resolve_auxv(b: &mut Batch, pilots: &Pilots, slot: usize, auxv_len: usize
     Pilots::patch(b, 0, at + 88, &addr.to_le_bytes());
 }
 
+/// Guard regions (MADV_GUARD_INSTALL).
+pub fn guards(guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
+    let batches = guards.chunks(cap).map(|group| {
+        let mut b = Batch::new();
+        for (a, e) in group {
+            b.call("install a guard region", libc::SYS_madvise, &[*a, e - a, MADV_GUARD_INSTALL]);
+        }
+        b
+    });
+    batches.collect()
+}
+
 /// What has to wait until the pages are there: guards and locks.
 pub fn after_pages(mm: &Mm, guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
     let mut out = vec![Batch::new()];

@@ -583,9 +583,36 @@ impl Rebuild {
     /// Everything but the pages and the release: descriptors, threads, state. `guards` by address space. Pages may be written meanwhile: nothing
     /// here touches memory of the program. Relative timers begin to run, so what is still to be written should be a matter of milliseconds.
     pub fn complete(&mut self, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
+        self.prepare(stdio, guards)?;
+        self.contexts(&[])
+    }
+
+    /// [`Rebuild::complete`] up to where guard regions can still be made, with those that are known.
+    pub fn prepare(&mut self, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
+        self.lent(|me, tree| me.complete_with(tree, stdio, guards))
+    }
+
+    /// The rest of it, with more guard regions: every task waits for the release then.
+    pub fn contexts(&mut self, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
+        self.lent(|me, tree| {
+            for (i, p) in tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_none()) {
+                let slot = me.slots[i][0];
+                let (records, _) = me.pilots.capacity(slot);
+                let guards = guards.get(p.mm as usize).map_or(&[][..], Vec::as_slice);
+                for b in mm::guards(guards, records - 8) {
+                    me.pilots.run(slot, &b)?;
+                }
+            }
+            me.hold(tree)?;
+            me.catch_up(tree)
+        })
+    }
+
+    /// Lends the tree out, rather than copying it.
+    fn lent(&mut self, f: impl FnOnce(&mut Self, &Tree) -> Result<(), PilotError>) -> Result<(), PilotError> {
         let nothing = Tree::empty(self.tree.host.clone());
         let tree = std::mem::replace(&mut self.tree, nothing);
-        let r = self.complete_with(&tree, stdio, guards).and_then(|()| self.catch_up(&tree));
+        let r = f(self, &tree);
         self.tree = tree;
         r
     }
@@ -675,8 +702,14 @@ impl Rebuild {
             }
         }
         laps.lap("threads");
-        // The last batch of every task: wait for the release, then load the final context.
-        for &i in &live {
+        laps.log("complete");
+        Ok(())
+    }
+
+    /// The last batch of every task: wait for the release, then load the final context.
+    fn hold(&mut self, tree: &Tree) -> Result<(), PilotError> {
+        let live = (0..tree.processes.len()).filter(|&i| tree.processes[i].zombie.is_none());
+        for i in live {
             for (k, t) in tree.processes[i].threads.iter().enumerate() {
                 let slot = self.slots[i][k];
                 let regs = arch::restart_anew(&t.regs);
@@ -699,8 +732,6 @@ impl Rebuild {
                 self.pilots.post(slot, &b);
             }
         }
-        laps.lap("contexts");
-        laps.log("complete");
         Ok(())
     }
 

@@ -4,20 +4,22 @@ use super::{interrupted, inventory, rounds::Rounds};
 use crate::{
     blocker::Blocker,
     dump::{self, mm::Cache, pages},
-    image::{Host, Tree},
+    image::{Host, Tree, Vma},
     inject::{InjectError, Injector},
     lazy::{self, serve::Originals},
     pages::PageSet,
     report::Failure,
     restore::rebuild::Names,
-    sys::mem::Mem,
+    sys::{mem::Mem, pagemap::Pagemap},
     tracer::{Frozen, Holder, Tracer},
+    wire::Ranges,
 };
 use std::{
     cell::RefCell,
     fs::File,
     io,
     sync::{Arc, Mutex},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 use tokio_util::sync::CancellationToken;
@@ -76,6 +78,10 @@ pub struct Snapshot {
     pub plans: Vec<pages::SpacePlan>,
     /// Pages to send after the resume.
     pub later: Vec<pages::SpacePlan>,
+    /// What of `later` has content, while that is still being found out; until then it is every page of what can follow.
+    pub finding: Option<JoinHandle<io::Result<Vec<Found>>>>,
+    /// Address spaces that were not looked at.
+    unseen: Vec<Unseen>,
     /// Of the pages to send, those of which the destination may hold an older version, by space.
     pub held: Vec<(u32, PageSet)>,
     /// Memory that the destination holds and that is untouched now.
@@ -228,6 +234,8 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
         object_fds: d.object_fds,
         plans: last.plans,
         later: Vec::new(),
+        finding: None,
+        unseen: last.unseen,
         held: last.held,
         drops: last.drops,
         guards: last.guards,
@@ -247,6 +255,8 @@ pub struct Last {
     pub plans: Vec<pages::SpacePlan>,
     /// Of these, those of which the destination may hold an older version, by space.
     pub held: Vec<(u32, PageSet)>,
+    /// Address spaces of which only what cannot follow was looked at.
+    pub unseen: Vec<Unseen>,
     /// Guard regions, by address space.
     pub guards: Vec<pages::Guards>,
     /// Memory that is untouched now.
@@ -260,7 +270,93 @@ impl Last {
     }
 }
 
+/// An address space whose pages are looked for beside the freeze.
+#[derive(Debug, Clone, Copy)]
+pub struct Unseen {
+    /// Its name.
+    pub space: u32,
+    /// Its index in the tree.
+    pub mm: usize,
+    /// A process that has it.
+    pub pid: i32,
+}
+
+/// What was found in one.
+#[derive(Debug)]
+pub struct Found {
+    /// Its name.
+    pub space: u32,
+    /// Its index in the tree.
+    pub mm: usize,
+    /// Pages with content.
+    pub ranges: Vec<(u64, u64)>,
+    /// Guard regions.
+    pub guards: pages::Guards,
+}
+
 impl Snapshot {
+    /// Has all memory that can follow looked at by another thread: reading the page tables takes milliseconds a GiB, which the freeze does not have.
+    /// Until it is through, `later` is every page of that memory; [`Snapshot::found`] narrows it down.
+    fn look_beside(&mut self) -> io::Result<()> {
+        let mut jobs = Vec::new();
+        for u in &self.unseen {
+            let Some(mm) = self.tree.mms.get(u.mm) else { continue };
+            let waits: Vec<Vma> = mm.vmas.iter().filter(|v| lazy::can_wait(v)).cloned().collect();
+            let mut all = PageSet::from_ranges(waits.iter().map(|v| (v.start, v.end)));
+            // What the first steps need goes now: a few pages, which are looked at here.
+            let pagemap = Pagemap::open(u.pid)?;
+            let mut now = Vec::new();
+            for &(a, b) in lazy::first(&self.tree, u.mm).intersection(&all).ranges() {
+                let mut found = Vec::new();
+                pagemap.populated(a, b, &mut found)?;
+                let content: Vec<(u64, u64)> = found.iter().filter(|r| !r.guard).map(|r| (r.start, r.end)).collect();
+                content.iter().for_each(|r| all.remove(r.0, r.1));
+                now.extend(content);
+            }
+            let plan = |set: &PageSet| pages::SpacePlan {
+                space: u.space,
+                ranges: lazy::at_borders(set, &mm.vmas),
+            };
+            self.plans.push(plan(&PageSet::from_ranges(now)));
+            self.later.push(plan(&all));
+            jobs.push((*u, waits));
+        }
+        let look = move || {
+            let mut out = Vec::new();
+            for (u, waits) in jobs {
+                let (plan, guards) = pages::plan_anonymous(u.pid, u.space, &waits)?;
+                out.push(Found {
+                    space: u.space,
+                    mm: u.mm,
+                    ranges: plan.ranges,
+                    guards,
+                });
+            }
+            Ok(out)
+        };
+        self.finding = Some(std::thread::Builder::new().name("page tables".into()).spawn(look)?);
+        Ok(())
+    }
+
+    /// Waits for the look at the page tables that goes on beside the freeze, if there is one: what of `later` has content, and guard regions by address space.
+    pub fn found(&mut self) -> io::Result<Option<(Vec<Ranges>, Vec<pages::Guards>)>> {
+        let Some(finding) = self.finding.take() else { return Ok(None) };
+        let found = finding
+            .join()
+            .map_err(|_| io::Error::other("looking at the page tables failed"))??;
+        let mut guards = vec![Vec::new(); self.tree.mms.len()];
+        for f in found {
+            let ranges = PageSet::from_ranges(f.ranges);
+            if let Some(plan) = self.later.iter_mut().find(|p| p.space == f.space) {
+                let all = PageSet::from_ranges(plan.ranges.iter().copied());
+                plan.ranges = lazy::at_borders(&all.intersection(&ranges), &self.tree.mms[f.mm].vmas);
+            }
+            guards[f.mm] = f.guards;
+        }
+        let ranges = self.later.iter().map(|p| Ranges::pack(p.space, &p.ranges)).collect();
+        Ok(Some((ranges, guards)))
+    }
+
     /// The processes whose pages follow: (name of the address space, pid).
     pub fn spaces_later(&self) -> Vec<(u32, i32)> {
         let pid = |space: u32| {
@@ -291,7 +387,10 @@ impl Snapshot {
     }
 
     /// Takes out of the pages to send those that can follow after the resume, beyond `budget` bytes; what the destination holds of them goes.
-    pub fn put_off(&mut self, budget: u64) {
+    pub fn put_off(&mut self, budget: u64) -> io::Result<()> {
+        if !self.unseen.is_empty() {
+            return self.look_beside();
+        }
         let split = lazy::split(&self.tree, &self.names, std::mem::take(&mut self.plans), budget);
         for plan in &split.later {
             let held = self.held.iter().filter(|(space, _)| *space == plan.space);
@@ -302,6 +401,7 @@ impl Snapshot {
             }
         }
         (self.plans, self.later) = (split.now, split.later);
+        Ok(())
     }
 }
 

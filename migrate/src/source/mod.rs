@@ -248,7 +248,9 @@ pub async fn send<C: Connector>(
     if options.dry_run {
         phase("predict");
         let before = start.elapsed();
-        let rounds = kind.map(|kind| Rounds::new(pid, kind, &inv, cache)).transpose();
+        // For post-copy the sample is only to say how much will follow.
+        let sampled = kind.or_else(|| lazy.then(|| track::choose(options.tracker).ok()).flatten());
+        let rounds = sampled.map(|kind| Rounds::new(pid, Some(kind), &inv, cache)).transpose();
         let basis = Basis {
             counts: &counts,
             options: &options,
@@ -283,12 +285,12 @@ pub async fn send<C: Connector>(
         background: Background::new(),
         fixed: Fixed::new(&counts, link.rtt()),
     };
-    let tracked = match kind {
-        Some(kind) => {
+    let tracked = match options.mode {
+        Mode::PreCopy | Mode::Hybrid | Mode::PostCopy => {
             let rounds = Rounds::new(pid, kind, &inv, cache).map_err(|e| Failure::failed("pre-copy", pid, e))?;
             Some(Arc::new(Mutex::new(rounds)))
         }
-        None => None,
+        Mode::Stop => None,
     };
     drop(inv);
     let mut journal = None;
@@ -328,7 +330,15 @@ pub async fn send<C: Connector>(
     };
     let interrupted_now = || if cancel.is_cancelled() { Err(interrupted(pid)) } else { Ok(()) };
     let result = result.and_then(|r| interrupted_now().map(|()| r));
-    let (snap, round, t_transfer) = match result {
+    let result = result.and_then(|(mut snap, round, t)| match snap.found() {
+        Ok(found) => Ok((snap, round, t, found)),
+        Err(e) => Err(Failure::failed(
+            "transfer",
+            pid,
+            format!("cannot read the page tables: {e}; the program runs on here"),
+        )),
+    });
+    let (snap, round, t_transfer, found) = match result {
         Ok(r) => r,
         Err(mut e) => {
             thaw(&tracer).await;
@@ -377,6 +387,8 @@ pub async fn send<C: Connector>(
     let handover = Message::Handover(Handover {
         pages: round.pages,
         zero: round.zero_pages,
+        later: found.as_ref().map(|f| f.0.clone()),
+        guards: found.map(|f| f.1).unwrap_or_default(),
         hashes,
     });
     let sent = wire::send(&mut link, &handover).await;
@@ -519,7 +531,6 @@ pub async fn send<C: Connector>(
         total_ms: ms(start.elapsed()),
         bytes_sent,
         agent_peak_rss: misc::peak_rss(),
-        ..Default::default()
     })
 }
 

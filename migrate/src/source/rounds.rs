@@ -10,19 +10,20 @@
 //! tracked is sent whole at the freeze.
 
 use super::{
-    freeze::Last,
+    freeze::{Last, Unseen},
     objects::{Contents, Hash},
 };
 use crate::{
     dump::{
         self,
         mm::Cache,
-        pages::{OBJECT_SPACE, Reader, SpacePlan},
+        pages::{self, OBJECT_SPACE, Reader, SpacePlan},
         tree::Dumped,
     },
     image::{Host, ObjectKind, PAGE, Tree},
     inject::{InjectError, Injector},
     laps::Laps,
+    lazy,
     pages::PageSet,
     procfs::{maps, status},
     restore::{rebuild::Names, shape},
@@ -145,7 +146,8 @@ impl Prepared {
 pub struct Rounds {
     root: i32,
     host: Host,
-    kind: track::Kind,
+    /// None: nothing is tracked, and only the shape of the tree is looked at; its pages follow after the resume.
+    kind: Option<track::Kind>,
     cache: Cache,
     tracks: Tracks,
 }
@@ -167,14 +169,16 @@ pub struct Tracks {
     before: Option<Option<(Tree, Names)>>,
     /// Memory that the destination has to drop and was not told of yet.
     drops: Vec<(u32, u64, u64)>,
+    /// Pages that can follow are not looked for in the freeze.
+    lazy: bool,
     /// Objects of the inventory that nothing maps: only descriptors lead to them.
     unmapped: Vec<((u64, u64), crate::image::Object, File)>,
 }
 
 impl Rounds {
     /// Starts from the inventory. `cache`: what that has learnt.
-    pub fn new(root: i32, kind: track::Kind, inventory: &Dumped, mut cache: Cache) -> io::Result<Rounds> {
-        cache.tracked = true;
+    pub fn new(root: i32, kind: Option<track::Kind>, inventory: &Dumped, mut cache: Cache) -> io::Result<Rounds> {
+        cache.tracked = kind.is_some();
         let mapped = mapped_objects(&inventory.tree);
         let mut unmapped = Vec::new();
         for (i, ((o, key), fd)) in inventory
@@ -203,6 +207,7 @@ impl Rounds {
                 told: None,
                 before: None,
                 drops: Vec::new(),
+                lazy: kind.is_none(),
                 unmapped,
             },
         })
@@ -256,7 +261,7 @@ impl Rounds {
             let Some(mm) = names.spaces.iter().position(|n| *n == s.name).and_then(|m| tree.mms.get(m)) else {
                 continue;
             };
-            let can = mm.vmas.iter().filter(|v| crate::lazy::can_wait(v));
+            let can = mm.vmas.iter().filter(|v| lazy::can_wait(v));
             let can = PageSet::from_ranges(can.map(|v| (v.start, v.end)));
             let stale = s.owed.intersection(&s.held).intersection(&can);
             drops.extend(stale.ranges().iter().map(|r| (s.name, r.0, r.1)));
@@ -292,7 +297,7 @@ impl Rounds {
     /// Looks at the tree: what has changed since the last look becomes the next round. Runs on the tracer thread.
     pub fn look(&mut self) -> io::Result<Prepared> {
         let mut laps = Laps::start();
-        let stops = self.kind == track::Kind::SoftDirty;
+        let stops = self.kind == Some(track::Kind::SoftDirty);
         let mut frozen = None;
         if stops {
             self.cache.freshen();
@@ -306,7 +311,7 @@ impl Rounds {
         let read = began.elapsed();
         laps.lap("outline");
         let mut untracked = Vec::new();
-        if !stops {
+        if !stops && self.kind.is_some() {
             untracked = self.attach(&d);
         }
         laps.lap("attach");
@@ -314,7 +319,7 @@ impl Rounds {
         let mut p = self.scan(&d)?;
         p.read = read;
         p.last_scan = match self.kind {
-            track::Kind::SoftDirty => scanning.elapsed(),
+            Some(track::Kind::SoftDirty) => scanning.elapsed(),
             // Arming is most of a look's scan, and the last one does not arm.
             _ => CLEAN_SCAN.mul_f64(self.tracks.spaces.values().map(|s| s.held.bytes()).sum::<u64>() as f64 / f64::from(1 << 30)),
         };
@@ -322,7 +327,9 @@ impl Rounds {
         p.stopped += frozen.as_ref().map_or(Duration::ZERO, |f| f.since.elapsed());
         drop(frozen);
         laps.lap("thaw");
-        self.tracks.objects(&d, &mut p)?;
+        if self.kind.is_some() {
+            self.tracks.objects(&d, &mut p)?;
+        }
         laps.lap("objects");
         laps.log("look");
         p.untracked = untracked;
@@ -395,7 +402,7 @@ impl Rounds {
     }
 
     fn scan(&mut self, d: &Dumped) -> io::Result<Prepared> {
-        let soft = self.kind == track::Kind::SoftDirty;
+        let soft = self.kind == Some(track::Kind::SoftDirty);
         let t = &mut self.tracks;
         if soft {
             for ((p, pid), started) in d.tree.processes.iter().zip(&d.pids).zip(&d.started) {
@@ -657,10 +664,23 @@ impl Tracks {
                     out.held.push((s.name, s.held.intersection(&whole)));
                     (whole, guards)
                 }
+                // All that can follow does; where it is is found out meanwhile.
+                _ if self.lazy => {
+                    let space = names.spaces[p.mm as usize];
+                    let (plan, guards) = pages::plan_some(*pid, space, mm, &|v| !lazy::can_wait(v))?;
+                    out.plans.push(plan);
+                    out.guards[p.mm as usize] = guards;
+                    out.unseen.push(Unseen {
+                        space,
+                        mm: p.mm as usize,
+                        pid: *pid,
+                    });
+                    continue;
+                }
                 // Never looked at: everything.
                 other => {
                     let name = other.map_or(names.spaces[p.mm as usize], |s| s.name);
-                    let (mut plan, guards) = crate::dump::pages::plan_mm(*pid, name, mm)?;
+                    let (mut plan, guards) = pages::plan_mm(*pid, name, mm)?;
                     plan.space = name;
                     out.plans.push(plan);
                     out.guards[p.mm as usize] = guards;
@@ -744,6 +764,15 @@ fn userfault(f: &mut Frozen, pid: i32) -> io::Result<WpAsync> {
     Err(io::Error::other("signals kept coming"))
 }
 
+/// The number that the next descriptor of a stopped process will have.
+fn lowest_free(pid: i32) -> io::Result<i32> {
+    let mut open: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/fd"))?
+        .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    open.sort_unstable();
+    Ok(open.iter().zip(0..).take_while(|(fd, k)| **fd == *k).count() as i32)
+}
+
 /// As much as can be done before a signal comes.
 fn step(p: &crate::tracer::Proc, made: &mut Option<i32>, tracker: &mut Option<io::Result<WpAsync>>) -> Result<Injector, InjectError> {
     use crate::arch::pilot::Record;
@@ -767,9 +796,39 @@ fn step(p: &crate::tracer::Proc, made: &mut Option<i32>, tracker: &mut Option<io
         batches[0] = vec![record];
         inj.run(&p.tasks, &batches).map(drop)
     };
-    if made.is_none() {
-        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
-        let ran = run(Record::new(libc::SYS_userfaultfd, &[flags]));
+    let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
+    let make = Record::new(libc::SYS_userfaultfd, &[flags]);
+    let take = |fd: i32| {
+        WpAsync::new(pid, fd).map(|mut t| {
+            t.adopt(&trackable(&now).collect::<Vec<_>>());
+            t
+        })
+    };
+    if made.is_none()
+        && let Some(pause) = inj.pause(0)
+        && let Ok(next) = lowest_free(pid)
+    {
+        // Made, taken by this agent while it pauses, and closed, in one batch: if the agent dies in the middle the program closes it all the same. All
+        // of its tasks are stopped, so its number is known before it is made.
+        let mut batches = vec![Vec::new(); p.tasks.len()];
+        batches[0] = vec![make, pause, Record::new(libc::SYS_close, &[next as u64])];
+        let mut taken = None;
+        let mut at_pause = || {
+            if let Some(fd) = inj.returned(0, 0).filter(|fd| *fd >= 0) {
+                taken = Some(take(fd as i32));
+            }
+        };
+        let ran = inj.run_with(&p.tasks, &batches, Some(&mut at_pause)).map(drop);
+        *made = inj.returned(0, 0).map(|r| r as i32);
+        if taken.is_some() {
+            *tracker = taken;
+        }
+        if inj.returned(0, 2) == Some(0) && *made == Some(next) {
+            *made = Some(-libc::EBADF);
+        }
+        ran?;
+    } else if made.is_none() {
+        let ran = run(make);
         *made = inj.returned(0, 0).map(|r| r as i32);
         ran?;
     }
@@ -779,10 +838,7 @@ fn step(p: &crate::tracer::Proc, made: &mut Option<i32>, tracker: &mut Option<io
         return Ok(inj);
     }
     if tracker.is_none() {
-        *tracker = Some(WpAsync::new(pid, fd).map(|mut t| {
-            t.adopt(&trackable(&now).collect::<Vec<_>>());
-            t
-        }));
+        *tracker = Some(take(fd));
     }
     let ran = run(Record::new(libc::SYS_close, &[fd as u64]));
     if inj.returned(0, 0).is_some() {

@@ -113,6 +113,7 @@ pub async fn last<L: Link>(
         guards: std::mem::take(&mut snap.guards),
         bytes: total,
         later: snap.later.iter().map(|p| Ranges::pack(p.space, &p.ranges)).collect(),
+        narrowed: snap.finding.is_some(),
         verify,
     }));
     let sent = wire::send(link, &message).await;

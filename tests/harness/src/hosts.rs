@@ -87,7 +87,7 @@ impl Drop for Hosts {
             self.b.dump();
             // What a keeper had to say.
             for host in ["a", "b"] {
-                for entry in std::fs::read_dir(self.dir().join(host).join("keeper"))
+                for entry in std::fs::read_dir(self.dir().join(host).join("state/keeper"))
                     .into_iter()
                     .flatten()
                     .flatten()
