@@ -120,3 +120,13 @@ fn hugetlb_pages() {
 fn shared_memory_written_from_outside_the_tree() {
     refused_or_right("trap", &[("kind", "written-from-outside")], false, &["shared", "outside"]);
 }
+
+/// A skeleton is built before anybody has looked at the descriptors: however many there are, each must keep its number.
+#[test]
+fn more_descriptors_than_the_skeleton_knew_of() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "files", &[("count", "700")]);
+    hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, HOW);
+    guest.verify("moved in rounds");
+    guest.quit();
+}

@@ -469,6 +469,29 @@ impl Rebuild {
         Ok(())
     }
 
+    /// Makes room for so many descriptors below the socket: what a process receives takes the lowest numbers in order, and one that is taken in between
+    /// would shift all that follow. A skeleton that was built from a running tree has not seen its descriptors, and mappings come and go.
+    fn below_socket(&mut self, count: u64) -> Result<(), PilotError> {
+        if count < self.socket_number {
+            return Ok(());
+        }
+        let number = count + 64;
+        let leaders: Vec<usize> = self.slots.iter().filter_map(|s| s.first().copied()).collect();
+        for slot in leaders {
+            let mut b = Batch::new();
+            b.call_eq(
+                "move the descriptor socket",
+                number as i64,
+                libc::SYS_dup3,
+                &[self.socket_number, number, 0],
+            );
+            b.call("move the descriptor socket", libc::SYS_close, &[self.socket_number]);
+            self.pilots.run(slot, &b)?;
+        }
+        self.socket_number = number;
+        Ok(())
+    }
+
     /// Maps everything into an emptied process.
     pub(super) fn map(&mut self, i: usize) -> Result<(), PilotError> {
         let mm = self.tree.mms[self.tree.processes[i].mm as usize].clone();
@@ -561,6 +584,7 @@ impl Rebuild {
             raw.push(f.as_raw_fd());
             files.push(f);
         }
+        self.below_socket(raw.len() as u64)?;
         self.give(i, &raw)?;
         Ok(given)
     }
@@ -619,6 +643,9 @@ impl Rebuild {
 
     fn complete_with(&mut self, tree: &Tree, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
         let mut laps = Laps::start();
+        let numbers = tree.processes.iter().flat_map(|p| p.fds.iter().map(|f| f.fd as u64 + 1));
+        let counts = tree.processes.iter().map(|p| p.fds.len() as u64);
+        self.below_socket(numbers.chain(counts).max().unwrap_or(0))?;
         let failed = |e: fds::RestoreError| PilotError::agent("rebuild descriptors")(io::Error::other(e));
         let mut built = fds::build(
             fds::Input {
