@@ -115,7 +115,7 @@ struct Printer {
     outlook: String,
     /// The program that arrives here will share the terminal.
     shares: bool,
-    /// It does now: nothing is drawn over its output.
+    /// It does now, or is about to: nothing is drawn over its output.
     shared: bool,
 }
 
@@ -175,6 +175,11 @@ impl Printer {
                 self.outlook.clear();
                 // A new migration: the program of the last one, if it shares the terminal, has to live with this.
                 self.shared &= !matches!(*phase, "connect" | "inventory" | "preflight");
+                // It may write before it is known to run.
+                if self.shares && *phase == "restore" {
+                    self.clear();
+                    self.shared = true;
+                }
                 let phase = self.phase;
                 self.with_bar(|bar| {
                     bar.set_style(style(WITHOUT_SIZE));

@@ -106,8 +106,9 @@ fn shell_counter_continues_on_the_terminal_of_the_receiver() {
     let sent = hosts.a.send(counter.pid, &receiver, &[]);
     sent.expect_code(0);
     let shown = || {
-        // The receiver's own words are on the same terminal: only lines of digits are the counter's.
-        let text = receiver.process.stdout();
+        // The receiver's own words are on the same terminal: only lines of digits are the counter's. What follows the progress line, once that is
+        // erased, is a line of its own.
+        let text = receiver.process.stdout().replace("\x1b[2K", "\n");
         let lines = text
             .lines()
             .map(str::trim)
