@@ -121,6 +121,50 @@ fn shared_memory_written_from_outside_the_tree() {
     refused_or_right("trap", &[("kind", "written-from-outside")], false, &["shared", "outside"]);
 }
 
+/// What is seen of a process in the middle of its execve(2) has no vdso yet: its skeleton has to find one again.
+#[test]
+fn a_process_that_loses_its_vdso_and_has_one_again() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "trap", &[("kind", "executes-when-told"), ("ground-mib", "32")]);
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let pid = guest.pid.to_string();
+    let mut args = hosts.a.send_args_any(&pid, &receiver);
+    args.extend([HOW, &["--bandwidth", "30MB/s"]].concat());
+    let sender = hosts.a.migrate(&args).start();
+    let tell = |name: &str| std::fs::write(guest.dir().join(name), "").unwrap();
+    let rounds = || sender.stderr().matches("\"event\":\"round\"").count();
+    let round = |n: usize| within("a round", Duration::from_secs(20), || (rounds() >= n).then_some(()));
+    within("the first pages", Duration::from_secs(20), || {
+        sender.stderr().contains("progress").then_some(())
+    });
+    tell("lose");
+    // The shape that goes with the second round was seen after the first.
+    round(2);
+    assert!(guest.dir().join("lost").exists());
+    tell("go");
+    assert_eq!(sender.wait(), Ended::Code(0), "{}", sender.stderr());
+    assert!(guest.beats());
+    guest.verify("moved");
+}
+
+/// A program that has none at all is refused before anything is touched.
+#[test]
+fn a_process_without_a_vdso() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "trap", &[("kind", "executes-when-told"), ("ground-mib", "1")]);
+    let tell = |name: &str| std::fs::write(guest.dir().join(name), "").unwrap();
+    tell("lose");
+    within("the loss", Duration::from_secs(5), || {
+        guest.dir().join("lost").exists().then_some(())
+    });
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let sent = hosts.a.send(guest.pid, &receiver, HOW);
+    sent.expect_code(3).expect_says(&["[vdso]"]);
+    assert_eq!(sent.json()["phase"], "preflight");
+    tell("go");
+    guest.verify("after the refusal");
+}
+
 /// A skeleton is built before anybody has looked at the descriptors: however many there are, each must keep its number.
 #[test]
 fn more_descriptors_than_the_skeleton_knew_of() {

@@ -170,14 +170,15 @@ pub fn vmas(
         }
         let place = || format!("{place} mapping {:x}-{:x} {}", m.start, m.end, String::from_utf8_lossy(&m.name));
         if let Some(reason) = unsupported(m, cache.tracked) {
-            let fix = if m.has(b"um") {
-                "wait until all have come: the agents say so; or end its use of userfaultfd"
-            } else {
-                "end its use before migrating"
-            };
-            let mut blocker = Blocker::new(place(), reason, fix);
-            blocker.transient = m.has(b"um");
-            blockers.push(blocker);
+            blockers.push(Blocker::new(place(), reason, "end its use before migrating"));
+            continue;
+        }
+        if m.has(b"um") {
+            // After a migration every mapping that misses pages is registered, until they have come.
+            let reason =
+                "pages of it are still arriving from the host it came from (or the program has a userfaultfd of its own registered here)";
+            let fix = "wait until all have come: the agents say so; or end its use of userfaultfd";
+            blockers.push(Blocker::new(place(), reason, fix).transient());
             continue;
         }
         match backing(pid, m, objects, cache) {
@@ -196,10 +197,6 @@ fn unsupported(m: &Mapping, tracked: bool) -> Option<&'static str> {
     Some(match () {
         _ if special => return None,
         _ if m.has(b"ht") => "huge pages of hugetlbfs cannot move yet",
-        // After a migration every mapping that misses pages is registered, until they have come.
-        _ if m.has(b"um") => {
-            "pages of it are still arriving from the host it came from (or the program has a userfaultfd of its own registered here)"
-        }
         _ if (m.has(b"uw") && !tracked) || m.has(b"ui") => "the program has a userfaultfd of its own registered here",
         _ if m.has(b"ss") => "a shadow stack (CET) cannot move yet",
         _ if m.has(b"sl") => "the mapping is sealed by mseal(2), which cannot be rebuilt yet",

@@ -334,6 +334,11 @@ fn collect(
             None => maps::maps(p.pid)?,
         };
         let maps = cache.mappings(p.pid, list, st.vm_lck_kb > 0, frozen)?;
+        if !maps.iter().any(|m| m.name == b"[vdso]") {
+            // For an instant true of any process in the middle of an execve(2).
+            let fix = "let it keep the mapping that the kernel gave it, or boot without vdso=0";
+            blockers.push(Blocker::new(&here, "it has no [vdso], in which migrate's code would run", fix).transient());
+        }
         let auxv = procfs::read(p.pid, "auxv")?;
         let (maps, vdso) = vdso::original(p.pid, &auxv, maps, &mut vdsos)?;
         let vmas = mm::vmas(p.pid, &here, &maps, !frozen, &mut objects, cache, &mut blockers)?;

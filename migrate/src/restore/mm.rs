@@ -204,7 +204,8 @@ pub fn protect(out: &mut Batches, start: u64, end: u64, prot: u8, pkey: Option<u
         .call(format!("pkey_mprotect {start:#x}"), libc::SYS_pkey_mprotect, &args);
 }
 
-/// Maps everything into an emptied address space. Batches of at most `cap` records. `foreign`: what it gets in place of the kernel's own mappings.
+/// Maps everything into an emptied address space. What of the kernel's own mappings the original does not have stays parked until [`after_pages`]: one that
+/// is seen in the middle of an execve(2) has none yet, and the skeleton needs them again once it has. Batches of at most `cap` records. `foreign`: what it gets in place of the kernel's own mappings.
 pub fn map(mm: &Mm, park: &Parking, foreign: Option<&Foreign>, fd_of: FdOf<'_>, cap: usize) -> Batches {
     let mut out = Batches::new(cap);
     for (what, ret, nr, args) in foreign.iter().flat_map(|f| f.calls(park)) {
@@ -240,8 +241,6 @@ pub fn map(mm: &Mm, park: &Parking, foreign: Option<&Foreign>, fd_of: FdOf<'_>, 
     for key in (1..highest).filter(|k| mm.pkeys >> k & 1 == 0) {
         out.room(1).call("free a protection key", libc::SYS_pkey_free, &[key as u64]);
     }
-    out.room(1)
-        .call("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
     out
 }
 
@@ -321,8 +320,8 @@ pub fn guards(guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
     batches.collect()
 }
 
-/// What has to wait until the pages are there: guards and locks.
-pub fn after_pages(mm: &Mm, guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
+/// What has to wait until the pages are there: guards and locks. Nothing is parked from here on.
+pub fn after_pages(mm: &Mm, park: &Parking, guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
     let mut out = vec![Batch::new()];
     let mut push = |what: &str, nr: i64, args: &[u64]| {
         if out.last().is_some_and(|b| b.len() + 1 > cap) {
@@ -330,6 +329,7 @@ pub fn after_pages(mm: &Mm, guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
         }
         out.last_mut().unwrap().call(what, nr, args);
     };
+    push("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
     if mm.thp_disable {
         push("PR_SET_THP_DISABLE", libc::SYS_prctl, &[PR_SET_THP_DISABLE, 1, 0, 0, 0]);
     }

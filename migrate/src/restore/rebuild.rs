@@ -681,7 +681,7 @@ impl Rebuild {
             mm::resolve_auxv(&mut b, &self.pilots, slot, mm.auxv.len());
             self.pilots.run(slot, &b)?;
             let none = Vec::new();
-            for b in mm::after_pages(mm, guards.get(p.mm as usize).unwrap_or(&none), records - 8) {
+            for b in mm::after_pages(mm, &self.park, guards.get(p.mm as usize).unwrap_or(&none), records - 8) {
                 self.pilots.run(slot, &b)?;
             }
         }

@@ -1,6 +1,6 @@
 //! Tasks that come and go.
 
-use super::{Call, PRIVATE, Patch, SHARED, Trap, below};
+use super::{Call, PRIVATE, Patch, SHARED, Trap, below, pointer};
 use crate::{
     kit::{Kit, Numbers, sys, sys0},
     memory::PAGE,
@@ -16,6 +16,7 @@ pub fn kind(name: &str, kit: &mut Kit) -> Option<io::Result<Trap>> {
     Some(match name {
         "forks" => forks(),
         "execs" => execs(kit),
+        "executes-when-told" => executes_when_told(kit),
         "threads" => threads(kit),
         "grandchildren" => grandchildren(),
         _ => return None,
@@ -118,45 +119,97 @@ fn grandchildren() -> io::Result<Trap> {
     }))
 }
 
+/// This program, to be executed again: some operations on memory of its own.
+struct Itself {
+    exe: CString,
+    arguments: Vec<CString>,
+}
+
+impl Itself {
+    fn new(dir: &str, seed: u64, operations: u64) -> io::Result<Itself> {
+        let (seed, operations) = (seed.to_string(), operations.to_string());
+        let words = [
+            "migrate-guest",
+            "soak-child",
+            "--dir",
+            dir,
+            "--seed",
+            &seed,
+            "--ops",
+            &operations,
+            "--rest-us",
+            "300",
+        ];
+        Ok(Itself {
+            exe: CString::new(std::env::current_exe()?.as_os_str().as_bytes())?,
+            arguments: words.into_iter().map(CString::new).collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn execute(&self) -> ! {
+        let mut pointers: Vec<*const libc::c_char> = self.arguments.iter().map(|a| a.as_ptr()).collect();
+        pointers.push(std::ptr::null());
+        sys0!(execv(self.exe.as_ptr(), pointers.as_ptr()));
+        sys0!(_exit(2))
+    }
+}
+
 /// Children that execute this program again, which does some operations on memory of its own.
 fn execs(kit: &Kit) -> io::Result<Trap> {
-    let exe = CString::new(std::env::current_exe()?.as_os_str().as_bytes())?;
-    let dir = kit.dir().display().to_string();
     let mut children = Vec::new();
     let mut seed = 0_u64;
+    let dir = kit.dir().display().to_string();
     Ok(Box::new(move |kit, _| {
         reap(kit, &mut children, "child that executed itself")?;
         if children.len() >= 3 {
             return Ok(());
         }
         seed += 1;
-        let number = seed.to_string();
-        let arguments: Vec<CString> = [
-            "migrate-guest",
-            "soak-child",
-            "--dir",
-            &dir,
-            "--seed",
-            &number,
-            "--ops",
-            "60",
-            "--rest-us",
-            "300",
-        ]
-        .into_iter()
-        .map(CString::new)
-        .collect::<Result<_, _>>()?;
-        let mut pointers: Vec<*const libc::c_char> = arguments.iter().map(|a| a.as_ptr()).collect();
-        pointers.push(std::ptr::null());
+        let program = Itself::new(&dir, seed, 60)?;
         match sys!(fork())? {
-            0 => {
-                sys0!(execv(exe.as_ptr(), pointers.as_ptr()));
-                sys0!(_exit(2))
-            }
+            0 => program.execute(),
             pid => children.push(pid),
         }
         Ok(())
     }))
+}
+
+/// The mappings that the kernel put into this process: vvar and vdso.
+fn kernels_own() -> io::Result<Vec<(usize, usize)>> {
+    let maps = std::fs::read_to_string("/proc/self/maps")?;
+    let own = maps.lines().filter(|l| l.contains("[v") && !l.contains("[vsyscall]"));
+    let range = |line: &str| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
+    };
+    Ok(own.filter_map(range).collect())
+}
+
+/// A child that has no vdso between the files `lose` and `go`, as any has none for an instant in the middle of its execve(2): then it executes this program
+/// again. `lost`: it has none now.
+fn executes_when_told(kit: &Kit) -> io::Result<Trap> {
+    let dir = kit.dir().to_owned();
+    let program = Itself::new(&dir.display().to_string(), 1, 20_000)?;
+    let own = kernels_own()?;
+    let mut children = Vec::new();
+    match sys!(fork())? {
+        0 => {
+            let wait_for = |name: &str| {
+                while !dir.join(name).exists() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            };
+            wait_for("lose");
+            for (start, end) in own {
+                sys0!(munmap(pointer(start), end - start));
+            }
+            std::fs::write(dir.join("lost"), "")?;
+            wait_for("go");
+            program.execute()
+        }
+        pid => children.push(pid),
+    }
+    Ok(Box::new(move |kit, _| reap(kit, &mut children, "child that executed itself")))
 }
 
 /// Threads are born, write to memory of their own, and end.
