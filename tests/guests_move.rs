@@ -1,7 +1,6 @@
 //! Every guest is moved from A to B in rounds, verifies itself there, is moved back with its memory behind it and verifies itself again.
 
-use migrate_harness::{Ended, Guest, Stdio, two_hosts, within};
-use std::time::Duration;
+use migrate_harness::{Guest, Stdio, two_hosts};
 
 fn there_and_back(name: &str, options: &[(&str, &str)]) {
     let hosts = two_hosts!();
@@ -19,16 +18,7 @@ fn there_and_back(name: &str, options: &[(&str, &str)]) {
     let back = hosts.move_with(&hosts.b, there.pid, &Stdio::Null, &["--mode", "post-copy"]);
     assert!(guest.beats(), "guest {name} does not beat on A");
     guest.verify("back on A");
-    let mark = hosts.a.deaths();
-    guest.quit();
-    if let Some(ended) = within("end of the guest", Duration::from_secs(20), || {
-        match hosts.a.ended_since(mark, back.pid) {
-            Some(ended) => Some(Some(ended)),
-            None => hosts.a.process(back.pid).is_none().then_some(None),
-        }
-    }) {
-        assert_eq!(ended, Ended::Code(0), "{}", guest.output());
-    }
+    hosts.a.expect_end(back.pid, || guest.quit());
     println!(
         "{name}: downtime {:.1} ms there, {:.1} ms back",
         there.number("downtime_ms"),

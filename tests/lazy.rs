@@ -25,15 +25,7 @@ fn late(kind: &str) {
     assert!(drain["pulled"].as_u64() > Some(0), "nothing was asked for: {}", moved.report);
     assert!(guest.beats(), "{kind} on b");
     guest.verify(&format!("{kind}, on b"));
-    let mark = hosts.b.deaths();
-    guest.quit();
-    let ended = within("end of the guest", Duration::from_secs(20), || {
-        match hosts.b.ended_since(mark, moved.pid) {
-            Some(ended) => Some(Some(ended)),
-            None => hosts.b.process(moved.pid).is_none().then_some(None),
-        }
-    });
-    assert!(matches!(ended, None | Some(Ended::Code(0))), "{ended:?}\n{}", guest.output());
+    hosts.b.expect_end(moved.pid, || guest.quit());
 }
 
 macro_rules! while_pages_are_missing {

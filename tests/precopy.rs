@@ -32,13 +32,7 @@ fn there_and_back(kind: &str) {
         std::thread::sleep(Duration::from_millis(100));
         guest.verify(&format!("{kind}, on {}", host.name()));
     }
-    let mark = host.deaths();
-    guest.quit();
-    let ended = within("end of the guest", Duration::from_secs(20), || match host.ended_since(mark, pid) {
-        Some(ended) => Some(Some(ended)),
-        None => host.process(pid).is_none().then_some(None),
-    });
-    assert!(matches!(ended, None | Some(Ended::Code(0))), "{ended:?}\n{}", guest.output());
+    host.expect_end(pid, || guest.quit());
 }
 
 macro_rules! traps {

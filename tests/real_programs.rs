@@ -1,6 +1,6 @@
 //! Programs that nobody here wrote, started as anyone would start them, moved with `--mode stop`.
 
-use migrate_harness::{Ended, Hosts, HttpClient, Process, Redis, Stdio, need, programs, python, skip, two_hosts, within};
+use migrate_harness::{Hosts, HttpClient, Process, Redis, Stdio, need, programs, python, skip, two_hosts, within};
 use std::{
     path::Path,
     time::{Duration, Instant},
@@ -301,15 +301,5 @@ fn redis_with_256_mib_of_keys() {
         there.number("downtime_ms"),
         back.number("downtime_ms")
     );
-    let mark = hosts.a.deaths();
-    let _ = on_a.ask(&["SHUTDOWN", "NOSAVE"]);
-    within("end of redis-server", Duration::from_secs(10), || {
-        match hosts.a.ended_since(mark, back.pid) {
-            Some(ended) => {
-                assert_eq!(ended, Ended::Code(0));
-                Some(())
-            }
-            None => hosts.a.process(back.pid).is_none().then_some(()),
-        }
-    });
+    hosts.a.expect_end(back.pid, || drop(on_a.ask(&["SHUTDOWN", "NOSAVE"])));
 }

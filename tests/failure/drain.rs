@@ -42,6 +42,13 @@ fn all_there(hosts: &Hosts, guest: &Guest, when: &str) {
     guest.quit();
 }
 
+/// The id that `migrate recover` on A shows.
+fn open_handover(hosts: &Hosts) -> String {
+    let list = hosts.a.run(&["recover", "--json"]);
+    let open: serde_json::Value = serde_json::from_str(&list.stdout).unwrap_or_default();
+    open["handovers"][0]["id"].as_str().expect("an open hand-over").to_owned()
+}
+
 #[test]
 fn receiver_killed_in_the_drain() {
     let hosts = two_hosts!();
@@ -73,9 +80,7 @@ fn sender_killed_in_the_drain() {
         "the original is kept: {:?}",
         names(&copies(&hosts, &guest))
     );
-    let list = hosts.a.run(&["recover", "--json"]);
-    let open: serde_json::Value = serde_json::from_str(&list.stdout).unwrap_or_default();
-    let id = open["handovers"][0]["id"].as_str().expect("an open hand-over").to_owned();
+    let id = open_handover(&hosts);
     let abort = hosts.a.run(&["recover", &id, "--abort"]);
     assert_eq!(abort.code, 3, "the copy runs: {} {}", abort.stdout, abort.stderr);
     let run = hosts.a.run(&["recover", &id]);
@@ -93,9 +98,7 @@ fn both_agents_killed_in_the_drain() {
         agent.wait_for(Duration::from_secs(5));
     }
     let again = hosts.b.receive(&Stdio::Null);
-    let list = hosts.a.run(&["recover", "--json"]);
-    let open: serde_json::Value = serde_json::from_str(&list.stdout).unwrap_or_default();
-    let id = open["handovers"][0]["id"].as_str().expect("an open hand-over").to_owned();
+    let id = open_handover(&hosts);
     let run = hosts.a.run(&["recover", &id]);
     assert_eq!(run.code, 0, "{} {}", run.stdout, run.stderr);
     all_there(&hosts, &guest, "both agents killed in the drain");

@@ -303,6 +303,18 @@ impl Host {
         self.shared.lock().reaped.len()
     }
 
+    /// Has a process end, by `how`, and fails the test unless it is gone soon, with exit code 0 where the host's init saw it.
+    #[track_caller]
+    pub fn expect_end(&self, pid: i32, how: impl FnOnce()) {
+        let mark = self.deaths();
+        how();
+        let ended = crate::within("its end", Duration::from_secs(20), || match self.ended_since(mark, pid) {
+            Some(ended) => Some(Some(ended)),
+            None => self.process(pid).is_none().then_some(None),
+        });
+        assert!(matches!(ended, None | Some(Ended::Code(0))), "process {pid}: {ended:?}");
+    }
+
     /// How a child of the first process ended, if it did after the mark.
     pub fn ended_since(&self, mark: usize, pid: i32) -> Option<Ended> {
         let told = self.shared.lock();
