@@ -25,20 +25,29 @@ const _: () = assert!(size_of::<Api>() == 24);
 // _IOWR(0xAA, 0x3F, struct uffdio_api)
 const UFFDIO_API: u64 = 3 << 30 | 24 << 16 | 0xaa << 8 | 0x3f;
 
-/// Features that UFFDIO_API offers to this process.
-pub fn features() -> io::Result<u64> {
+/// A userfaultfd of this process, nothing agreed on yet.
+fn create() -> io::Result<OwnedFd> {
     // SAFETY: no pointers.
     let fd = super::check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
     // SAFETY: a fresh descriptor that nobody else owns.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// UFFDIO_API: asks for features, and returns all there are.
+fn agree(fd: &OwnedFd, features: u64) -> io::Result<u64> {
     let mut api = Api {
         api: 0xaa,
-        features: 0,
+        features,
         ioctls: 0,
     };
     // SAFETY: `api` outlives the call.
     super::check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) } as i64)?;
     Ok(api.features)
+}
+
+/// Features that UFFDIO_API offers to this process.
+pub fn features() -> io::Result<u64> {
+    agree(&create()?, 0)
 }
 
 /// Whether this process can fill missing pages of others and hear of their forks. Err: why not.
@@ -50,10 +59,7 @@ pub fn missing_works() -> io::Result<()> {
             "this kernel's userfaultfd lacks events (Linux 4.11)",
         ));
     }
-    // SAFETY: no pointers.
-    let fd = super::check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
-    // SAFETY: a fresh descriptor that nobody else owns.
-    Userfault::agree(unsafe { OwnedFd::from_raw_fd(fd as i32) }, EVENTS).map(drop)
+    agree(&create()?, EVENTS).map(drop)
 }
 
 #[repr(C)]
@@ -92,6 +98,15 @@ struct Zeropage {
 }
 // _IOWR(0xAA, 0x04, struct uffdio_zeropage)
 const UFFDIO_ZEROPAGE: u64 = 3 << 30 | 32 << 16 | 0xaa << 8 | 0x04;
+
+#[repr(C)]
+struct Writeprotect {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+// _IOWR(0xAA, 0x06, struct uffdio_writeprotect)
+const UFFDIO_WRITEPROTECT: u64 = 3 << 30 | 24 << 16 | 0xaa << 8 | 0x06;
 
 #[repr(C)]
 struct Range {
@@ -190,17 +205,7 @@ impl Userfault {
         let fd = super::check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })?;
         // SAFETY: a fresh descriptor that nobody else owns.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-        Self::agree(fd, features)
-    }
-
-    fn agree(fd: OwnedFd, features: u64) -> io::Result<Userfault> {
-        let mut api = Api {
-            api: 0xaa,
-            features,
-            ioctls: 0,
-        };
-        // SAFETY: `api` outlives the call.
-        super::check(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) } as i64)?;
+        agree(&fd, features)?;
         Ok(Userfault { fd })
     }
 
@@ -280,9 +285,17 @@ impl Userfault {
 
     /// Whether the address space is still there.
     pub fn alive(&self) -> bool {
-        // The last page a process can have, where it has its environment, if anything.
+        // The last page a process can have. Nothing is registered for write protection here, so that ESRCH is all this can come to, but for errors that
+        // say nothing; zeros would fill the page if it were missing.
         const LAST: u64 = 0x7fff_ffff_e000;
-        self.zero(LAST, crate::image::PAGE).1 != Some(FillError::Gone)
+        let mut w = Writeprotect {
+            start: LAST,
+            len: crate::image::PAGE,
+            mode: 0,
+        };
+        // SAFETY: `w` outlives the call.
+        let r = super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut w) } as i64);
+        !r.is_err_and(|e| e.raw_os_error() == Some(libc::ESRCH))
     }
 }
 
