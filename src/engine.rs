@@ -568,22 +568,18 @@ async fn go_on_sending(dial: &Dial, entry: &Entry, events: Events, cancel: Cance
         blockers: Vec::new(),
     };
     events(Event::Phase { phase: "drain" });
-    let originals =
-        lazy::serve::Originals::open(&entry.spaces).map_err(|e| unknown(format!("the stopped original cannot be read: {e}")))?;
     let drain = lazy::serve::Drain {
         connector: dial,
         id: &entry.id,
-        originals: Arc::new(originals),
         bandwidth: None,
         events: &events,
         cancel: &cancel,
     };
-    let mut served = match drain.run(None, Vec::new()).await {
-        Ok(s) => s,
-        Err(lazy::serve::ServeError::Refused(why)) => return Err(unknown(format!("{} says: {why}", entry.peer))),
-        Err(lazy::serve::ServeError::Read(e)) => return Err(unknown(format!("the stopped original cannot be read: {e}"))),
-        Err(lazy::serve::ServeError::Interrupted) => return Err(unknown("interrupted".into())),
+    let served = async {
+        let originals = lazy::serve::Originals::open(&entry.spaces).map_err(lazy::serve::ServeError::Read)?;
+        drain.run(originals, None, Vec::new()).await
     };
+    let mut served = served.await.map_err(|e| unknown(e.to_string()))?;
     served.link.close(wire::DONE).await;
     Ok(())
 }

@@ -38,6 +38,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long the source may take between two messages before the freeze.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a source may take to say that it has heard of the end.
+const GOODBYE: Duration = Duration::from_secs(10);
 
 /// How a served connection ended.
 #[derive(Debug)]
@@ -219,14 +221,6 @@ pub async fn serve<L: Link>(
     events(Event::Running { pid });
     // A task inside a fault stops only when its page is there: the drain goes on beside this.
     let cleaning = tracer.call(move || copy.as_mut().map_or(0, Rebuild::clean_up));
-    let cleaned = |left: Result<usize, _>| {
-        let left = left.unwrap_or(1);
-        if left > 0 {
-            events(Event::Note {
-                text: format!("{left} processes keep an unused mapping of the restore"),
-            });
-        }
-    };
     if let Err(e) = &told {
         events(Event::Note {
             text: format!("the source did not hear that the tree runs here ({e}); it will ask"),
@@ -235,29 +229,32 @@ pub async fn serve<L: Link>(
     let mut stats = None;
     let mut bytes_sent = link.bytes_sent();
     let after = Instant::now();
-    if let (Some(keeper), Some(links)) = (draining, links) {
+    let left = if let (Some(keeper), Some(links)) = (draining, links) {
         events(Event::Phase { phase: "drain" });
         let lost = |e: String| Failure::failed("drain", pid, e);
         let drain = Drain::new(keeper, links).map_err(|e| lost(e.to_string()))?;
         let (drained, left) = tokio::join!(drain.run(Some(link), &events, &cancel), cleaning);
-        cleaned(left);
         let drained = drained.map_err(lost)?;
         if drained.heard {
             let _ = journal.remove();
         }
+        // The link is gone with what it counted.
         bytes_sent = 0;
         stats = Some(drained.stats);
-    } else if told.is_err() {
-        cleaned(cleaning.await);
+        left
     } else {
-        cleaned(cleaning.await);
-        // Only a source that says that it is done will never ask. One that is merely gone keeps its originals stopped and does.
-        let end = tokio::time::timeout(Duration::from_secs(10), wire::recv(&mut link)).await;
-        if let Ok(Err(WireError::Link(migrate_transport::LinkError::Closed { clean: true, reason, .. }))) = end
-            && reason == wire::DONE
-        {
+        let left = cleaning.await;
+        // One that is merely gone keeps its originals stopped, and asks.
+        if told.is_ok() && wire::goodbye(&mut link, GOODBYE).await {
             let _ = journal.remove();
         }
+        left
+    };
+    let left = left.unwrap_or(1);
+    if left > 0 {
+        events(Event::Note {
+            text: format!("{left} processes keep an unused mapping of the restore"),
+        });
     }
     // The root is a child of this process: without a wait its pid would stay taken after its end.
     let _ = std::thread::Builder::new().name("reaper".into()).spawn(move || misc::wait(pid));

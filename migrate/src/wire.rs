@@ -29,6 +29,7 @@ use crate::{
 };
 use migrate_transport::{Link, LinkError, Section};
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// The reason a source closes with once it has heard Running and ended its originals.
 pub const DONE: &str = "done";
@@ -325,6 +326,12 @@ pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
             payload,
         })
         .await?)
+}
+
+/// Whether the source says goodbye within this time: only one that does has ended its originals, and will never ask again.
+pub async fn goodbye<L: Link>(link: &mut L, limit: Duration) -> bool {
+    let end = tokio::time::timeout(limit, recv(link)).await;
+    matches!(end, Ok(Err(WireError::Link(LinkError::Closed { clean: true, ref reason, .. }))) if reason == DONE)
 }
 
 /// Receives a message.

@@ -11,9 +11,9 @@ use crate::{
     image::PAGE,
     report::{Event, Events},
     sys::region::Region,
-    wire::{self, Attached, Channel, Fault, Message, Ranges, WireError},
+    wire::{self, Attached, Channel, Fault, Message, Ranges},
 };
-use migrate_transport::{Link, LinkError, PageFrame, PageReceiver};
+use migrate_transport::{Link, PageFrame, PageReceiver};
 use std::{
     collections::HashMap,
     io,
@@ -175,16 +175,10 @@ impl<L: Link> Drain<L> {
         let mut tick = tokio::time::interval(Duration::from_millis(500));
         let lost = |e: io::Error| format!("the keeper of the copy's memory cannot be reached any more: {e}");
         loop {
-            let read = async {
-                let mut piece = [0u8; 64 << 10];
-                let n = self.reader.read(&mut piece).await?;
-                if n == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                Ok(piece[..n].to_vec())
-            };
             tokio::select! {
-                r = read => self.buf.extend(r.map_err(lost)?),
+                n = self.reader.read_buf(&mut self.buf) => if n.map_err(lost)? == 0 {
+                    return Err(lost(io::ErrorKind::UnexpectedEof.into()));
+                },
                 Some((channel, link)) = self.links.recv() => {
                     let handle = self.attach(channel, link);
                     let m = if channel == Channel::Bulk {
@@ -271,8 +265,7 @@ async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, s
                     return false;
                 }
                 if matches!(m, Message::Drained(_)) {
-                    let end = tokio::time::timeout(GOODBYE, wire::recv(&mut link)).await;
-                    return matches!(end, Ok(Err(WireError::Link(LinkError::Closed { clean: true, ref reason, .. }))) if reason == wire::DONE);
+                    return wire::goodbye(&mut link, GOODBYE).await;
                 }
             }
             s = link.accept_pages() => {

@@ -16,6 +16,8 @@ use std::{
 pub const SLOT: usize = 1 << 20;
 /// Slots: what may be under way between the agent and the keeper.
 pub const SLOTS: u32 = 16;
+/// Bytes of the ring.
+pub const RING: usize = SLOTS as usize * SLOT;
 
 /// Longest message: a list of missing ranges.
 const LONGEST: usize = codec::LIMIT;

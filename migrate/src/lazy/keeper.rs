@@ -1,6 +1,6 @@
 //! The agent's end of the keeper: starting it, handing it the copy's userfaultfds, and finding one that an earlier agent left.
 
-use super::ipc::{Channel, FromKeeper, SLOT, SLOTS, ToKeeper};
+use super::ipc::{Channel, FromKeeper, RING, ToKeeper};
 use crate::sys::{region::Region, uffd::Userfault};
 use std::{
     fs::File,
@@ -65,7 +65,7 @@ impl Keeper {
             .mode(0o700)
             .create(directory(state_dir))?;
         let ring = File::from(rustix::fs::memfd_create("migrate pages", rustix::fs::MemfdFlags::CLOEXEC)?);
-        ring.set_len(u64::from(SLOTS) * SLOT as u64)?;
+        ring.set_len(RING as u64)?;
         let (ours, theirs) = UnixStream::pair()?;
         // Only what goes wrong is in it; a keeper that ends well removes it.
         let log = std::fs::OpenOptions::new()
@@ -88,7 +88,7 @@ impl Keeper {
         channel.send(&ToKeeper::Setup { socket }, &[&ring])?;
         Ok(Keeper {
             channel,
-            ring: Region::map(&ring, SLOTS as usize * SLOT, 0)?,
+            ring: Region::map(&ring, RING, 0)?,
         })
     }
 
@@ -123,7 +123,7 @@ impl Keeper {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the keeper did not say hello"));
         };
         let ring = File::from(channel.descriptor()?);
-        let ring = Region::map(&ring, SLOTS as usize * SLOT, 0)?;
+        let ring = Region::map(&ring, RING, 0)?;
         Ok(Keeper { channel, ring })
     }
 

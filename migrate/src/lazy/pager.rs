@@ -11,7 +11,7 @@
 //! Pages come through a ring of memory shared with the agent, one copy from the network's buffers, which the agent would have to make anyway.
 
 use super::{
-    ipc::{Channel, FrameRun, FromKeeper, SLOT, SLOTS, Stats, ToKeeper},
+    ipc::{Channel, FrameRun, FromKeeper, RING, SLOT, SLOTS, Stats, ToKeeper},
     table::{Place, Region as Mapped, Table},
 };
 use crate::{
@@ -26,7 +26,6 @@ use crate::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::{
     collections::{HashMap, VecDeque},
-    fs::File,
     io::{self, Write},
     os::{
         fd::{AsFd, OwnedFd},
@@ -78,7 +77,6 @@ struct Keeper {
     /// Nanoseconds.
     latencies: Vec<u64>,
     stats: Stats,
-    started: bool,
     /// The agent asks what is missing.
     list: bool,
     told: bool,
@@ -112,7 +110,7 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "something else came before the setup"));
     };
     let ring_fd = agent.descriptor()?;
-    let ring = Region::map(&File::from(ring_fd.try_clone()?), SLOTS as usize * SLOT, 0)?;
+    let ring = Region::map(&ring_fd, RING, 0)?;
     let mut keeper = Keeper {
         table: Table::default(),
         fds: Vec::new(),
@@ -127,14 +125,13 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
         again: Vec::new(),
         latencies: Vec::new(),
         stats: Stats::default(),
-        started: false,
         list: false,
         told: false,
         bye: false,
     };
     let log = keeper.socket.with_extension("log");
     // An agent that ends before the start takes the copy with it: so does this process then.
-    while !keeper.started {
+    loop {
         let m = match agent.recv() {
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
                 let _ = std::fs::remove_file(log);
@@ -151,7 +148,7 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
                 keeper.table.add(regions, missing);
                 keeper.fds.push(Some(fd));
             }
-            ToKeeper::Start => keeper.started = true,
+            ToKeeper::Start => break,
             other => {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidData,
@@ -183,10 +180,10 @@ impl Keeper {
             } else {
                 IDLE
             };
-            let Some(ready) = self.poll(wait)? else {
+            let ready = self.poll(wait)?;
+            if ready.idle {
                 self.bury();
-                continue;
-            };
+            }
             for space in ready.spaces {
                 self.listen(space);
             }
@@ -215,38 +212,45 @@ impl Keeper {
         }
     }
 
-    /// None: nothing for a while.
-    fn poll(&mut self, wait: Duration) -> io::Result<Option<Ready>> {
+    fn poll(&mut self, wait: Duration) -> io::Result<Ready> {
+        enum Who {
+            Visitor,
+            Agent,
+            Space(usize),
+        }
         let mut list = Vec::new();
         let mut who = Vec::new();
         if let Some(l) = &self.listener {
             list.push(PollFd::new(l.as_fd(), PollFlags::POLLIN));
-            who.push(None);
+            who.push(Who::Visitor);
         }
         if let Some(a) = &self.agent {
             let out = if a.pending() { PollFlags::POLLOUT } else { PollFlags::empty() };
             list.push(PollFd::new(a.stream.as_fd(), PollFlags::POLLIN | out));
-            who.push(None);
+            who.push(Who::Agent);
         }
         for (i, fd) in self.fds.iter().enumerate() {
             if let Some(fd) = fd {
                 list.push(PollFd::new(fd.as_fd(), PollFlags::POLLIN));
-                who.push(Some(i));
+                who.push(Who::Space(i));
             }
         }
+        let mut ready = Ready::default();
         let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
         match poll(&mut list, timeout) {
-            Ok(0) if wait == IDLE => return Ok(None),
-            Ok(_) | Err(nix::Error::EINTR) => {}
+            Ok(n) => ready.idle = n == 0 && wait == IDLE,
+            Err(nix::Error::EINTR) => return Ok(ready),
             Err(e) => return Err(e.into()),
         }
-        let mut ready = Ready::default();
         let fired = |p: &PollFd<'_>| p.revents().is_some_and(|r| !r.is_empty());
-        let mut other = list.iter().zip(&who).filter(|(_, w)| w.is_none()).map(|(p, _)| fired(p));
-        ready.visitor = self.listener.is_some() && other.next() == Some(true);
-        ready.agent = self.agent.is_some() && other.next() == Some(true);
-        ready.spaces = list.iter().zip(&who).filter(|(p, _)| fired(p)).filter_map(|(_, w)| *w).collect();
-        Ok(Some(ready))
+        for who in list.iter().zip(who).filter(|(p, _)| fired(p)).map(|(_, w)| w) {
+            match who {
+                Who::Visitor => ready.visitor = true,
+                Who::Agent => ready.agent = true,
+                Who::Space(i) => ready.spaces.push(i),
+            }
+        }
+        Ok(ready)
     }
 
     /// Reads what a userfaultfd says.
@@ -290,6 +294,11 @@ impl Keeper {
         if let Some(Some(fd)) = self.fds.get(space) {
             let _ = fd.wake(start, (end - start).next_multiple_of(PAGE));
         }
+        self.forget_waiting();
+    }
+
+    /// Nobody waits for what is missing nowhere.
+    fn forget_waiting(&mut self) {
         let table = &self.table;
         self.waiting.retain(|&(name, at), _| !table.places(name, at, at + PAGE).is_empty());
     }
@@ -322,8 +331,7 @@ impl Keeper {
         if let Some(fd) = self.fds.get_mut(space) {
             *fd = None;
         }
-        let table = &self.table;
-        self.waiting.retain(|&(name, at), _| !table.places(name, at, at + PAGE).is_empty());
+        self.forget_waiting();
     }
 
     /// Forgets address spaces that are no more.
@@ -333,9 +341,6 @@ impl Keeper {
             .collect();
         for space in dead {
             self.end(space);
-        }
-        if self.table.missing() == 0 && !self.told {
-            self.drained();
         }
     }
 
@@ -545,11 +550,14 @@ impl Keeper {
     }
 }
 
+/// What there is to do.
 #[derive(Default)]
 struct Ready {
     spaces: Vec<usize>,
     agent: bool,
     visitor: bool,
+    /// Nothing, for a while.
+    idle: bool,
 }
 
 /// Percentiles, and a histogram by powers of two.

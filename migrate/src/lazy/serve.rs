@@ -79,8 +79,17 @@ pub struct Served<L> {
     pub stats: Stats,
     /// The link it was heard on, to say goodbye.
     pub link: L,
-    /// Pages sent, with content and zero.
-    pub sent: (u64, u64),
+    /// What went over all links.
+    pub totals: Totals,
+}
+
+/// What a drain took.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Totals {
+    /// Pages sent with content.
+    pub pages: u64,
+    /// Pages sent as zeros.
+    pub zero: u64,
     /// Bytes on the wire, of the links made here.
     pub bytes: u64,
     /// How often the connection was made anew.
@@ -90,13 +99,16 @@ pub struct Served<L> {
 }
 
 /// Why it did not.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The destination knows nothing of it, or says that its copy is dead.
+    #[error("the other host says: {0}")]
     Refused(String),
-    /// The originals cannot be read.
+    /// They are all there is of what has not arrived.
+    #[error("the stopped originals cannot be read: {0}")]
     Read(io::Error),
-    /// Interrupted while the destination could not be reached.
+    /// While the destination could not be reached.
+    #[error("interrupted")]
     Interrupted,
 }
 
@@ -106,8 +118,6 @@ pub struct Drain<'a, C> {
     pub connector: &'a C,
     /// Which migration.
     pub id: &'a str,
-    /// The originals.
-    pub originals: Arc<Originals>,
     /// Bytes a second at most on the wire.
     pub bandwidth: Option<u64>,
     /// Events.
@@ -230,37 +240,33 @@ pub enum Refusal {
 impl<C: Connector> Drain<'_, C> {
     /// Serves until the destination says that nothing is missing. `links`: the first two connections, when they are there; `ranges`: what is
     /// missing then.
-    pub async fn run(&self, links: Option<(C::Link, C::Link)>, ranges: Vec<(u32, u64, u64)>) -> Result<Served<C::Link>, ServeError> {
+    pub async fn run(
+        &self,
+        originals: Originals,
+        links: Option<(C::Link, C::Link)>,
+        ranges: Vec<(u32, u64, u64)>,
+    ) -> Result<Served<C::Link>, ServeError> {
+        let originals = Arc::new(originals);
         let mut first = links.map(|(bulk, faults)| Again::Links(bulk, faults, ranges));
-        let (mut sent, mut bytes, mut reconnects) = ((0, 0), 0, 0);
-        let mut longest_cut = Duration::ZERO;
+        let mut totals = Totals::default();
         let mut cut: Option<Instant> = None;
         loop {
             let again = match first.take() {
                 Some(f) => f,
                 None => {
-                    reconnects += 1;
+                    totals.reconnects += 1;
                     self.reconnect().await?
                 }
             };
             let (mut bulk, mut faults, ranges) = match again {
                 Again::Links(bulk, faults, ranges) => (bulk, faults, ranges),
-                Again::Drained(link, stats) => {
-                    return Ok(Served {
-                        stats,
-                        link,
-                        sent,
-                        bytes,
-                        reconnects,
-                        longest_cut,
-                    });
-                }
+                Again::Drained(link, stats) => return Ok(Served { stats, link, totals }),
             };
             let left = Left::new(ranges);
             let session = Arc::new(Session {
                 total: left.pages() * PAGE,
                 left: Mutex::new(left),
-                originals: self.originals.clone(),
+                originals: originals.clone(),
                 started: Instant::now(),
                 under_way: AtomicU64::new(0),
                 acknowledged: Notify::new(),
@@ -271,23 +277,16 @@ impl<C: Connector> Drain<'_, C> {
             });
             let before = bulk.bytes_sent();
             let end = self.session(&session, &mut bulk, &mut faults).await;
-            sent.0 += session.pages.load(Ordering::Relaxed);
-            sent.1 += session.zero.load(Ordering::Relaxed);
-            bytes += bulk.bytes_sent() - before + faults.bytes_sent();
+            totals.pages += session.pages.load(Ordering::Relaxed);
+            totals.zero += session.zero.load(Ordering::Relaxed);
+            totals.bytes += bulk.bytes_sent() - before + faults.bytes_sent();
             let served = *session.first.lock().unwrap_or_else(PoisonError::into_inner);
             if let (Some(cut), Some(served)) = (cut, served) {
-                longest_cut = longest_cut.max(served - cut);
+                totals.longest_cut = totals.longest_cut.max(served - cut);
             }
             match end {
                 End::Done(stats) => {
-                    return Ok(Served {
-                        stats,
-                        link: bulk,
-                        sent,
-                        bytes,
-                        reconnects,
-                        longest_cut,
-                    });
+                    return Ok(Served { stats, link: bulk, totals });
                 }
                 End::Lost(why) => {
                     if cut.is_none() || served.is_some() {
@@ -312,24 +311,21 @@ impl<C: Connector> Drain<'_, C> {
             let both = async {
                 let (bulk, welcome) = attach(self.connector, self.id, Channel::Bulk).await?;
                 let missing = match welcome {
-                    Welcome::Drained(stats) => return Ok(Err((bulk, stats))),
+                    Welcome::Drained(stats) => return Ok(Again::Drained(bulk, stats)),
                     Welcome::Missing(m) => m,
                 };
                 let (faults, _) = attach(self.connector, self.id, Channel::Faults).await?;
-                Ok::<_, Refusal>(Ok((bulk, faults, missing)))
+                let mut ranges = Vec::new();
+                for r in missing {
+                    let list = r
+                        .unpack()
+                        .ok_or_else(|| Refusal::Refused("these pages are missing, which are none".into()))?;
+                    ranges.extend(list.into_iter().map(|(a, b)| (r.space, a, b)));
+                }
+                Ok(Again::Links(bulk, faults, ranges))
             };
             match both.await {
-                Ok(Err((bulk, stats))) => return Ok(Again::Drained(bulk, stats)),
-                Ok(Ok((bulk, faults, missing))) => {
-                    let mut ranges = Vec::new();
-                    for r in missing {
-                        let Some(list) = r.unpack() else {
-                            return Err(ServeError::Refused("it lists pages that are none".into()));
-                        };
-                        ranges.extend(list.into_iter().map(|(a, b)| (r.space, a, b)));
-                    }
-                    return Ok(Again::Links(bulk, faults, ranges));
-                }
+                Ok(again) => return Ok(again),
                 Err(Refusal::Refused(why)) => return Err(ServeError::Refused(why)),
                 Err(Refusal::Unreachable(why)) => tracing::debug!(why, "not connected yet"),
             }
@@ -353,21 +349,23 @@ impl<C: Connector> Drain<'_, C> {
         tokio::pin!(push, answers, hear);
         let mut pushed = false;
         let mut asked = false;
-        loop {
+        let broken = loop {
             tokio::select! {
                 r = &mut push, if !pushed => match r {
                     Ok(()) => pushed = true,
-                    // The control stream may know better why.
-                    Err(e) => return tokio::time::timeout(Duration::from_millis(50), &mut hear).await.ok().filter(|h| !matches!(h, End::Lost(_))).unwrap_or(e),
+                    Err(e) => break e,
                 },
-                e = &mut answers => return tokio::time::timeout(Duration::from_millis(50), &mut hear).await.ok().filter(|h| !matches!(h, End::Lost(_))).unwrap_or(e),
+                e = &mut answers => break e,
                 e = &mut hear => return e,
                 () = self.cancel.cancelled(), if !asked => {
                     asked = true;
                     (self.events)(Event::Note { text: "the program runs at the other host already and needs its pages from here: this goes on until it has them".into() });
                 }
             }
-        }
+        };
+        // The control stream may know better why.
+        let known = tokio::time::timeout(Duration::from_millis(50), &mut hear).await;
+        known.ok().filter(|h| !matches!(h, End::Lost(_))).unwrap_or(broken)
     }
 }
 

@@ -13,7 +13,7 @@ pub mod rounds;
 mod transfer;
 
 use crate::{
-    dump::{self, mm::Cache, tree::Dumped},
+    dump::{self, mm::Cache, pages::SpacePlan, tree::Dumped},
     journal::{self, Entry, Journal, Side, Stage},
     lazy::serve::{self, Refusal, ServeError},
     oracle,
@@ -25,7 +25,7 @@ use crate::{
     wire::{self, Handover, Inventory, Message, WireError},
 };
 use fixed::Fixed;
-use freeze::{kill, thaw};
+use freeze::{Snapshot, kill, thaw};
 use migrate_transport::Link;
 use precopy::Job;
 use predict::{Basis, Counts, predict};
@@ -384,11 +384,12 @@ pub async fn send<C: Connector>(
     } else {
         None
     };
+    let (later, guards) = found.map_or_else(Default::default, |(later, guards)| (Some(later), guards));
     let handover = Message::Handover(Handover {
         pages: round.pages,
         zero: round.zero_pages,
-        later: found.as_ref().map(|f| f.0.clone()),
-        guards: found.map(|f| f.1).unwrap_or_default(),
+        later,
+        guards,
         hashes,
     });
     let sent = wire::send(&mut link, &handover).await;
@@ -442,54 +443,38 @@ pub async fn send<C: Connector>(
     let downtime = snap.since.elapsed();
     let handover_ms = ms(t_handover.elapsed());
     let transfer_ms = ms(t_handover - t_transfer);
-    let mut drain = None;
-    let mut latency = Default::default();
-    let mut bytes_sent = link.bytes_sent();
-    let after = Instant::now();
+    let mut late = None;
     if !snap.later.is_empty() {
         phase("drain");
         entry.stage = Stage::Running;
         let _ = journal.update(&entry);
-        let originals = match snap.originals() {
-            Ok(o) => o,
-            Err(e) => {
-                freeze::abandon(&tracer).await;
-                return Err(lost_later(&connector, &id, pid, &format!("the originals cannot be read: {e}")));
-            }
-        };
-        let ranges = snap
-            .later
-            .iter()
-            .flat_map(|p| p.ranges.iter().map(|r| (p.space, r.0, r.1)))
-            .collect();
+        let after = Instant::now();
         let job = serve::Drain {
             connector: &connector,
             id: &id,
-            originals: Arc::new(originals),
             bandwidth: options.bandwidth,
             events: &events,
             cancel: &cancel,
         };
-        let links = faults.take().map(|f| (link, f));
-        match job.run(links, ranges).await {
+        let before = link.bytes_sent();
+        match serve_later(&job, &snap, faults.take().map(|f| (link, f))).await {
             Ok(served) => {
-                latency = served.stats.latency.clone();
-                let mut d = Drain::of(&served.stats, after.elapsed());
-                d.reconnects = served.reconnects;
-                d.longest_cut_ms = ms(served.longest_cut);
-                drain = Some((d, served.sent));
-                bytes_sent += served.bytes;
                 link = served.link;
+                let mut d = Drain::of(&served.stats, after.elapsed());
+                d.reconnects = served.totals.reconnects;
+                d.longest_cut_ms = ms(served.totals.longest_cut);
+                late = Some(Late {
+                    drain: Some(d),
+                    latency: served.stats.latency,
+                    pages: served.totals.pages,
+                    zero: served.totals.zero,
+                    bytes: before + served.totals.bytes,
+                });
             }
             Err(e) => {
                 // The originals are all there is of what has not arrived: they stay.
                 freeze::abandon(&tracer).await;
-                let why = match e {
-                    ServeError::Refused(why) => format!("{} says: {why}", connector.name()),
-                    ServeError::Read(e) => format!("the originals cannot be read: {e}"),
-                    ServeError::Interrupted => "interrupted".into(),
-                };
-                return Err(lost_later(&connector, &id, pid, &why));
+                return Err(lost_later(&connector, &id, pid, &e));
             }
         }
     }
@@ -501,11 +486,9 @@ pub async fn send<C: Connector>(
     }
     drop(tracked);
     let _ = journal.remove();
-    if drain.is_none() {
-        bytes_sent = link.bytes_sent();
-    }
+    let bytes_sent = late.as_ref().map_or_else(|| link.bytes_sent(), |l| l.bytes);
     link.close(wire::DONE).await;
-    let (drain, late) = drain.map_or((None, (0, 0)), |(d, late)| (Some(d), late));
+    let late = late.unwrap_or_default();
     Ok(Report {
         outcome: "migrated".into(),
         id,
@@ -513,11 +496,11 @@ pub async fn send<C: Connector>(
         restored_pid: running.pid,
         processes: snap.tree.processes.len() as u32,
         threads: snap.tree.processes.iter().map(|p| p.threads.len() as u32).sum(),
-        pages_sent: rounds.iter().map(|r| r.pages).sum::<u64>() + late.0,
-        pages_zero: rounds.iter().map(|r| r.zero_pages).sum::<u64>() + late.1,
-        pages_lazy: late.0 + late.1,
-        fault_latency_us: latency,
-        drain,
+        pages_sent: rounds.iter().map(|r| r.pages).sum::<u64>() + late.pages,
+        pages_zero: rounds.iter().map(|r| r.zero_pages).sum::<u64>() + late.zero,
+        pages_lazy: late.pages + late.zero,
+        fault_latency_us: late.latency,
+        drain: late.drain,
         rounds,
         downtime_ms: ms(downtime),
         downtime: Downtime {
@@ -534,8 +517,29 @@ pub async fn send<C: Connector>(
     })
 }
 
+/// What followed the handover.
+#[derive(Default)]
+struct Late {
+    drain: Option<Drain>,
+    latency: crate::report::FaultLatency,
+    pages: u64,
+    zero: u64,
+    bytes: u64,
+}
+
+/// Serves the pages that the copy still misses.
+async fn serve_later<C: Connector>(
+    job: &serve::Drain<'_, C>,
+    snap: &Snapshot,
+    links: Option<(C::Link, C::Link)>,
+) -> Result<serve::Served<C::Link>, ServeError> {
+    let originals = snap.originals().map_err(ServeError::Read)?;
+    let missing = |p: &SpacePlan| p.ranges.iter().map(|r| (p.space, r.0, r.1)).collect::<Vec<_>>();
+    job.run(originals, links, snap.later.iter().flat_map(missing).collect()).await
+}
+
 /// The copy runs, and something keeps its last pages here.
-fn lost_later<C: Connector>(connector: &C, id: &str, pid: i32, why: &str) -> Failure {
+fn lost_later<C: Connector>(connector: &C, id: &str, pid: i32, why: &ServeError) -> Failure {
     Failure {
         class: Class::Unknown,
         phase: "drain",
