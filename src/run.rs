@@ -15,6 +15,19 @@ use migrate_engine::report::{Class, Failure, Stdio};
 use std::{panic::AssertUnwindSafe, process::ExitCode, time::Duration};
 use tokio_util::sync::CancellationToken;
 
+/// Where the connections live. One connection is the work of one thread at a time in the main, and with two cores for everything a pool of threads costs
+/// more than it gives: on one thread the rounds carried 340 MiB/s instead of 240, the drain 340 instead of 210. A receiver of several trees has use
+/// for the cores that are there.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    let few = std::thread::available_parallelism().is_ok_and(|n| n.get() <= 2);
+    let mut builder = if few {
+        tokio::runtime::Builder::new_current_thread()
+    } else {
+        tokio::runtime::Builder::new_multi_thread()
+    };
+    builder.enable_all().build()
+}
+
 /// Runs the command.
 pub fn run(cli: Cli) -> ExitCode {
     if matches!(cli.command, Command::Keeper) {
@@ -24,7 +37,7 @@ pub fn run(cli: Cli) -> ExitCode {
     let json = cli.command.json();
     log::start(cli.verbose, json);
     let progress = Progress::start(Style::choose(json, cli.verbose), shares_terminal(&cli.command));
-    let runtime = tokio::runtime::Runtime::new();
+    let runtime = runtime();
     let (progress, runtime) = match (progress, runtime) {
         (Ok(progress), Ok(runtime)) => (progress, runtime),
         (Err(error), _) | (_, Err(error)) => {

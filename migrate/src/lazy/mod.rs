@@ -20,6 +20,7 @@ pub mod bits;
 pub mod fetch;
 pub mod ipc;
 pub mod keeper;
+pub mod lane;
 pub mod pager;
 pub mod push;
 pub mod serve;

@@ -6,6 +6,7 @@
 
 use super::{
     ipc::Stats,
+    lane::Lane,
     push::{Left, PIECE},
 };
 use crate::{
@@ -118,6 +119,8 @@ pub struct Drain<'a, C> {
     pub connector: &'a C,
     /// Which migration.
     pub id: &'a str,
+    /// Where the connection for faults lives.
+    pub lane: &'a Lane,
     /// Bytes a second at most on the wire.
     pub bandwidth: Option<u64>,
     /// Events.
@@ -140,6 +143,8 @@ struct Session {
     first: Mutex<Option<Instant>>,
     /// Microseconds after the start; 0: none yet.
     last_fault: AtomicU64,
+    /// Bytes on the wire that answers to faults took.
+    answered: AtomicU64,
 }
 
 impl Session {
@@ -258,7 +263,7 @@ impl<C: Connector> Drain<'_, C> {
                     self.reconnect().await?
                 }
             };
-            let (mut bulk, mut faults, ranges) = match again {
+            let (mut bulk, faults, ranges) = match again {
                 Again::Links(bulk, faults, ranges) => (bulk, faults, ranges),
                 Again::Drained(link, stats) => return Ok(Served { stats, link, totals }),
             };
@@ -274,12 +279,13 @@ impl<C: Connector> Drain<'_, C> {
                 zero: AtomicU64::new(0),
                 first: Mutex::new(None),
                 last_fault: AtomicU64::new(0),
+                answered: AtomicU64::new(0),
             });
             let before = bulk.bytes_sent();
-            let end = self.session(&session, &mut bulk, &mut faults).await;
+            let end = self.session(&session, &mut bulk, faults).await;
             totals.pages += session.pages.load(Ordering::Relaxed);
             totals.zero += session.zero.load(Ordering::Relaxed);
-            totals.bytes += bulk.bytes_sent() - before + faults.bytes_sent();
+            totals.bytes += bulk.bytes_sent() - before + session.answered.load(Ordering::Relaxed);
             let served = *session.first.lock().unwrap_or_else(PoisonError::into_inner);
             if let (Some(cut), Some(served)) = (cut, served) {
                 totals.longest_cut = totals.longest_cut.max(served - cut);
@@ -314,7 +320,7 @@ impl<C: Connector> Drain<'_, C> {
                     Welcome::Drained(stats) => return Ok(Again::Drained(bulk, stats)),
                     Welcome::Missing(m) => m,
                 };
-                let (faults, _) = attach(self.connector, self.id, Channel::Faults).await?;
+                let (faults, _) = self.lane.around(attach(self.connector, self.id, Channel::Faults)).await?;
                 let mut ranges = Vec::new();
                 for r in missing {
                     let list = r
@@ -337,14 +343,14 @@ impl<C: Connector> Drain<'_, C> {
         }
     }
 
-    async fn session(&self, s: &Arc<Session>, bulk: &mut C::Link, faults: &mut C::Link) -> End {
+    async fn session(&self, s: &Arc<Session>, bulk: &mut C::Link, faults: C::Link) -> End {
         let rtt = bulk.rtt();
         let pages = match bulk.open_pages().await {
             Ok(p) => p,
             Err(e) => return e.into(),
         };
         let push = push(s.clone(), pages, rtt, self.bandwidth, self.events);
-        let answers = answer(s.clone(), faults);
+        let answers = self.lane.run(answer(s.clone(), faults));
         let hear = hear(s.clone(), bulk);
         tokio::pin!(push, answers, hear);
         let mut pushed = false;
@@ -355,7 +361,7 @@ impl<C: Connector> Drain<'_, C> {
                     Ok(()) => pushed = true,
                     Err(e) => break e,
                 },
-                e = &mut answers => break e,
+                e = &mut answers => break e.unwrap_or_else(|e| End::Lost(e.to_string())),
                 e = &mut hear => return e,
                 () = self.cancel.cancelled(), if !asked => {
                     asked = true;
@@ -388,13 +394,13 @@ async fn hear<L: Link>(s: Arc<Session>, bulk: &mut L) -> End {
 }
 
 /// Answers faults.
-async fn answer<L: Link>(s: Arc<Session>, faults: &mut L) -> End {
+async fn answer<L: Link>(s: Arc<Session>, mut faults: L) -> End {
     let mut pages = match faults.open_pages().await {
         Ok(p) => p,
         Err(e) => return e.into(),
     };
     loop {
-        let f = match wire::recv(faults).await {
+        let f = match wire::recv(&mut faults).await {
             Ok(Message::Fault(f)) => f,
             Ok(other) => return End::Lost(format!("{} on the connection for faults", other.name())),
             Err(e) => return e.into(),
@@ -412,6 +418,7 @@ async fn answer<L: Link>(s: Arc<Session>, faults: &mut L) -> End {
                         return e.into();
                     }
                 }
+                s.answered.store(faults.bytes_sent(), Ordering::Relaxed);
             }
             Err(e) => return End::Read(e),
         }

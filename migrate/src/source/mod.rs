@@ -15,7 +15,10 @@ mod transfer;
 use crate::{
     dump::{self, mm::Cache, pages::SpacePlan, tree::Dumped},
     journal::{self, Entry, Journal, Side, Stage},
-    lazy::serve::{self, Refusal, ServeError},
+    lazy::{
+        lane::Lane,
+        serve::{self, Refusal, ServeError},
+    },
     oracle,
     procfs::{stat, status},
     report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Report, SendOptions},
@@ -231,9 +234,10 @@ pub async fn send<C: Connector>(
         }
     }
     let mut faults = None;
+    let lane = Lane::start().map_err(|e| Failure::failed("connect", pid, e))?;
     if lazy && !options.dry_run {
         // Now, so that no handshake is waited for when a task waits for a page.
-        match serve::attach(&connector, &id, wire::Channel::Faults).await {
+        match lane.around(serve::attach(&connector, &id, wire::Channel::Faults)).await {
             Ok((link, _)) => faults = Some(link),
             Err(Refusal::Refused(why) | Refusal::Unreachable(why)) => {
                 let m = format!(
@@ -452,6 +456,7 @@ pub async fn send<C: Connector>(
         let job = serve::Drain {
             connector: &connector,
             id: &id,
+            lane: &lane,
             bandwidth: options.bandwidth,
             events: &events,
             cancel: &cancel,

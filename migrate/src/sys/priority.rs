@@ -30,6 +30,8 @@ const LONG: u64 = 16 << 20;
 const NICEST: i32 = 19;
 /// sched_setattr(2): the policy stays as it is.
 const SCHED_FLAG_KEEP_POLICY: u64 = 0x08;
+/// The niceness of what others wait for.
+const AHEAD: i32 = -10;
 const AUTOGROUP: &str = "/proc/self/autogroup";
 
 /// Lowers the priority of this process from time to time; gives it back when dropped.
@@ -124,8 +126,12 @@ impl Drop for Background {
 /// Puts this process, which has one thread and leads its session, ahead of others: tasks wait for what it does, and it does little. Without the right
 /// to it nothing changes.
 pub fn ahead() {
-    const AHEAD: i32 = -10;
     let _ = write_session(AHEAD);
+    thread_ahead();
+}
+
+/// Puts the calling thread ahead of the others of its session.
+pub fn thread_ahead() {
     let attr = misc::SchedAttr {
         size: size_of::<misc::SchedAttr>() as u32,
         flags: SCHED_FLAG_KEEP_POLICY,
