@@ -1,7 +1,7 @@
 //! What a program may do while pages are missing: each operation is done over and over while its memory arrives slowly, and the program looks for
 //! itself whether every page is what it should be.
 
-use migrate_harness::{Ended, Guest, Stdio, two_hosts, within};
+use migrate_harness::{Ended, Guest, Stdio, skip, two_hosts, within};
 use std::time::Duration;
 
 /// Slow: 88 MiB take about two seconds, in which the operation is done hundreds of times.
@@ -14,12 +14,13 @@ fn late(kind: &str) {
     let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, LATE);
     let drain = &moved.report["drain"];
     println!(
-        "{kind}: freeze {:.1} ms, {} faults, {} pages pulled, {} pushed, drain {:.0} ms",
+        "{kind}: freeze {:.1} ms, {} faults, {} pages pulled, {} pushed, drain {:.0} ms, {} pages compared after it",
         moved.number("downtime_ms"),
         moved.report["fault_latency_us"]["count"],
         drain["pulled"],
         drain["pushed"],
-        drain["ms"].as_f64().unwrap_or(0.0)
+        drain["ms"].as_f64().unwrap_or(0.0),
+        drain["compared"]
     );
     assert!(moved.number("pages_lazy") > 10_000.0, "{}", moved.report);
     assert!(drain["pulled"].as_u64() > Some(0), "nothing was asked for: {}", moved.report);
@@ -95,6 +96,25 @@ fn nothing_is_late_when_rounds_suffice() {
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "64")]);
     let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "hybrid"]);
     assert_eq!(moved.number("pages_lazy"), 0.0, "{}", moved.report);
+    guest.verify("on b");
+    guest.quit();
+}
+
+/// What the program does not write is compared with the original once it is there.
+#[test]
+fn the_oracle_watches_the_drain() {
+    let hosts = two_hosts!();
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map_while(|n| n.parse::<u32>().ok());
+    if (numbers.next(), numbers.next()) < (Some(6), Some(7)) {
+        skip("this kernel cannot tell what a program writes (UFFD_FEATURE_WP_ASYNC, Linux 6.7)");
+        return;
+    }
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "64")]);
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "post-copy"]);
+    let compared = moved.report["drain"]["compared"].as_u64().unwrap_or(0);
+    println!("{compared} of {} pages compared", moved.number("pages_lazy"));
+    assert!(compared as f64 > 0.95 * moved.number("pages_lazy"), "{}", moved.report);
     guest.verify("on b");
     guest.quit();
 }

@@ -25,6 +25,7 @@ use crate::{
     },
     sys::{misc, priority::Background},
     tracer::Tracer,
+    track,
     wire::{self, Accept, Applied, Attach, Attached, Channel, Message, Ranges, RoundStart, Running, State, WireError},
 };
 use migrate_transport::{Link, PageFrame, PageReceiver};
@@ -584,10 +585,11 @@ async fn last<L: Link>(
         None
     };
     laps.lap("pages and state");
+    let watch = verify && track::wp_async::available();
     let mut armed = Vec::new();
     if !later.is_empty() && !narrowed {
         let later = later.clone();
-        armed = site.with(move |c| c.arm(&later).map_err(|e| e.to_string())).await??;
+        armed = site.with(move |c| c.arm(&later, watch).map_err(|e| e.to_string())).await??;
     }
     laps.lap("register");
     site.with(|c| c.finish().map_err(|e| e.to_string())).await??;
@@ -615,10 +617,16 @@ async fn last<L: Link>(
         let exact = narrow(&later, &h.later.unwrap_or_default())?;
         let guards = h.guards;
         armed = site
-            .with(move |c| c.contexts(&guards).and_then(|()| c.arm(&exact)).map_err(|e| e.to_string()))
+            .with(move |c| c.contexts(&guards).and_then(|()| c.arm(&exact, watch)).map_err(|e| e.to_string()))
             .await??;
     }
     laps.lap("narrow");
+    if watch {
+        for a in &mut armed {
+            let of = h.later_hashes.iter().filter(|l| l.0 == a.name);
+            a.expected = Some(of.map(|l| (l.1, l.2)).collect());
+        }
+    }
     let keeper = match site.keeper.take() {
         Some(keeper) if !armed.is_empty() => Some(start_keeper(keeper, armed)?),
         _ => None,

@@ -201,6 +201,10 @@ pub struct Drain {
     pub zero_faults: u64,
     /// Pages that were there although nobody had put them there: each would be a bug.
     pub anomalies: u64,
+    /// Pages that the memory oracle, when it watches, compared once all were there: those that the program had not written.
+    pub compared: u64,
+    /// Those of them that differed: each would be a bug.
+    pub different: u64,
     /// How often the connection was made anew.
     pub reconnects: u32,
     /// From a cut to the next page on its way, the longest, milliseconds.
@@ -217,6 +221,8 @@ impl Drain {
             unwanted: s.unwanted,
             zero_faults: s.zero_faults,
             anomalies: s.anomalies,
+            compared: s.compared,
+            different: s.different,
             reconnects: 0,
             longest_cut_ms: 0.0,
         }

@@ -232,6 +232,8 @@ pub struct Handover {
     pub guards: Vec<Vec<(u64, u64)>>,
     /// Hashes of every page at the freeze, when asked for: (space, address, first 8 bytes of blake3).
     pub hashes: Option<Vec<(u32, u64, u64)>>,
+    /// The same of the pages that follow, by names of address spaces.
+    pub later_hashes: Vec<(u32, u64, u64)>,
 }
 
 /// The copy runs.

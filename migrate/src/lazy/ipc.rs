@@ -39,6 +39,8 @@ pub enum ToKeeper {
         regions: Vec<(u64, u64, u32, u64)>,
         /// Ranges that are missing.
         missing: Vec<(u64, u64)>,
+        /// For the memory oracle: the process, and hashes of what is missing, as [`super::audit::Audit::watch`] takes them.
+        expected: Option<(i32, Vec<(u64, u64)>)>,
     },
     /// The copy is about to run: from now on faults are served, and the keeper outlives the agent.
     Start,
@@ -106,6 +108,10 @@ pub struct Stats {
     pub latency: FaultLatency,
     /// Pages that were there although nobody had put them there: each of them would be a bug.
     pub anomalies: u64,
+    /// Pages that the memory oracle compared at the end, when it watches.
+    pub compared: u64,
+    /// Those of them that differ.
+    pub different: u64,
 }
 
 /// One end of the socket.
@@ -287,6 +293,7 @@ mod tests {
             let m = ToKeeper::Space {
                 regions: vec![(0, 1 << 40, 3, 0)],
                 missing,
+                expected: None,
             };
             a.send(&m, &[&file]).unwrap();
             a.send(&ToKeeper::Start, &[]).unwrap();

@@ -38,6 +38,12 @@ pub struct Armed {
     pub regions: Vec<(u64, u64, u32, u64)>,
     /// Ranges that are missing.
     pub missing: Vec<(u64, u64)>,
+    /// The process.
+    pub pid: i32,
+    /// Its address space's name at the source.
+    pub name: u32,
+    /// Hashes of what is missing, for the memory oracle.
+    pub expected: Option<Vec<(u64, u64)>>,
 }
 
 fn directory(state_dir: &Path) -> PathBuf {
@@ -94,8 +100,14 @@ impl Keeper {
 
     /// Hands over a process.
     pub fn take(&mut self, armed: Armed) -> io::Result<()> {
-        let Armed { fd, regions, missing } = armed;
-        self.channel.send(&ToKeeper::Space { regions, missing }, &[&fd])
+        let expected = armed.expected.map(|hashes| (armed.pid, hashes));
+        let (regions, missing) = (armed.regions, armed.missing);
+        let space = ToKeeper::Space {
+            regions,
+            missing,
+            expected,
+        };
+        self.channel.send(&space, &[&armed.fd])
     }
 
     /// From now on it serves, and outlives this agent.

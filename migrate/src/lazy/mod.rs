@@ -16,6 +16,7 @@
 //! fork wipes, since a child must not get what its parent misses there; and shared memory, of which nobody can tell from the kernel's event whether
 //! a range was dropped from one process (MADV_DONTNEED) or for all (MADV_REMOVE).
 
+pub mod audit;
 pub mod bits;
 pub mod fetch;
 pub mod ipc;

@@ -11,6 +11,7 @@
 //! Pages come through a ring of memory shared with the agent, one copy from the network's buffers, which the agent would have to make anyway.
 
 use super::{
+    audit::Audit,
     ipc::{Channel, FrameRun, FromKeeper, RING, SLOT, SLOTS, Stats, ToKeeper},
     table::{Place, Region as Mapped, Table},
 };
@@ -39,6 +40,8 @@ use std::{
 const UNIT: u64 = 64;
 /// How often a keeper that nothing happens to looks whether its program is still there.
 const IDLE: Duration = Duration::from_secs(5);
+/// A page that has no content.
+static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
 /// Latencies that are kept; the rest only counts.
 const SAMPLES: usize = 1 << 20;
 
@@ -77,6 +80,7 @@ struct Keeper {
     /// Nanoseconds.
     latencies: Vec<u64>,
     stats: Stats,
+    audit: Audit,
     /// The agent asks what is missing.
     list: bool,
     told: bool,
@@ -125,6 +129,7 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
         again: Vec::new(),
         latencies: Vec::new(),
         stats: Stats::default(),
+        audit: Audit::default(),
         list: false,
         told: false,
         bye: false,
@@ -140,8 +145,16 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
             m => m?,
         };
         match m {
-            ToKeeper::Space { regions, missing } => {
+            ToKeeper::Space {
+                regions,
+                missing,
+                expected,
+            } => {
                 let fd = Userfault::from_fd(agent.descriptor()?);
+                // At the beginning every region is where it was at the source.
+                if let (Some((pid, hashes)), Some(first)) = (expected, regions.first()) {
+                    keeper.audit.watch(keeper.fds.len(), pid, first.2, &missing, hashes)?;
+                }
                 let regions = regions
                     .into_iter()
                     .map(|(start, end, name, origin)| Mapped { start, end, name, origin });
@@ -163,7 +176,7 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
     keeper.agent = Some(agent);
     let r = keeper.work();
     let _ = std::fs::remove_file(&keeper.socket);
-    if r.is_ok() && keeper.stats.anomalies == 0 {
+    if r.is_ok() && keeper.stats.anomalies == 0 && keeper.stats.different == 0 {
         let _ = std::fs::remove_file(log);
     }
     r
@@ -421,6 +434,13 @@ impl Keeper {
     /// Everything has arrived: the kernel may let go of the memory.
     fn drained(&mut self) {
         self.told = true;
+        if self.audit.on() {
+            let compared = self.audit.compare(&self.table);
+            for words in &compared.words {
+                let _ = writeln!(io::stderr(), "after the drain: {words}");
+            }
+            (self.stats.compared, self.stats.different) = (compared.pages, compared.different);
+        }
         self.fds.iter_mut().for_each(|fd| *fd = None);
         self.stats.latency = latency(&mut self.latencies);
         let stats = self.stats.clone();
@@ -503,8 +523,11 @@ impl Keeper {
                 return (true, put);
             };
             let len = if single { PAGE } else { p.end - at };
+            let watched = self.audit.on();
             let (n, error) = match data {
-                Some(d) => fd.copy(at, self.ring.local(d + (at - p.start) as usize, len as usize), len),
+                Some(d) => fd.copy(at, self.ring.local(d + (at - p.start) as usize, len as usize), len, watched),
+                // The kernel has no protected zero page.
+                None if watched => fd.copy(at, ZEROS.as_ptr() as u64, len.min(PAGE), true),
                 None => fd.zero(at, len),
             };
             if n > 0 {

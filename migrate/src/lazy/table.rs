@@ -241,6 +241,12 @@ impl Table {
             .collect()
     }
 
+    /// The regions of a space.
+    pub fn regions(&self, space: usize) -> impl Iterator<Item = &Region> {
+        let space = self.spaces.get(space).and_then(Option::as_ref);
+        space.into_iter().flat_map(|s| s.regions.values())
+    }
+
     /// Indices of the spaces that are there.
     pub fn live(&self) -> impl Iterator<Item = usize> + '_ {
         self.spaces.iter().enumerate().filter(|(_, s)| s.is_some()).map(|(i, _)| i)

@@ -81,8 +81,9 @@ impl Rebuild {
         }
     }
 
-    /// Registers what misses pages. From here on nothing may touch these pages but the keeper.
-    pub fn arm(&mut self, later: &[Ranges]) -> Result<Vec<Armed>, PilotError> {
+    /// Registers what misses pages. From here on nothing may touch these pages but the keeper. `watch`: for the memory oracle too, which has to know what
+    /// the program writes.
+    pub fn arm(&mut self, later: &[Ranges], watch: bool) -> Result<Vec<Armed>, PilotError> {
         let mut out = Vec::new();
         for r in later {
             let missing = r.unpack().ok_or_else(|| wrong("register missing pages"))?;
@@ -98,13 +99,27 @@ impl Rebuild {
                 .remove(&self.pids[i])
                 .ok_or_else(|| wrong("register missing pages twice"))?;
             let vmas = &self.tree.mms[self.tree.processes[i].mm as usize].vmas;
-            let regions = self.register(&fd, vmas, &missing, r.space)?;
-            out.push(Armed { fd, regions, missing });
+            let regions = self.register(&fd, vmas, &missing, r.space, watch)?;
+            out.push(Armed {
+                fd,
+                regions,
+                missing,
+                pid: self.pids[i],
+                name: r.space,
+                expected: None,
+            });
         }
         Ok(out)
     }
 
-    fn register(&self, fd: &Userfault, vmas: &[Vma], missing: &[(u64, u64)], name: u32) -> Result<Vec<(u64, u64, u32, u64)>, PilotError> {
+    fn register(
+        &self,
+        fd: &Userfault,
+        vmas: &[Vma],
+        missing: &[(u64, u64)],
+        name: u32,
+        watch: bool,
+    ) -> Result<Vec<(u64, u64, u32, u64)>, PilotError> {
         let mut regions = Vec::new();
         let set = PageSet::from_ranges(missing.iter().copied());
         let mut covered = 0;
@@ -112,7 +127,7 @@ impl Rebuild {
             if !lazy::can_wait(v) {
                 return Err(wrong("register missing pages"));
             }
-            fd.register_missing(v.start, v.end)
+            fd.register_missing(v.start, v.end, watch)
                 .map_err(PilotError::agent(format!("register {:x}-{:x} for missing pages", v.start, v.end)))?;
             covered += set.clip(v.start, v.end).bytes();
             regions.push((v.start, v.end, name, v.start));

@@ -375,15 +375,18 @@ impl Snapshot {
         })
     }
 
-    /// Takes the pages that follow out of a list of hashes, which goes by the indices of address spaces.
-    pub fn without_later(&self, hashes: &mut Vec<(u32, u64, u64)>) {
+    /// Takes the pages that follow out of a list of hashes, which goes by the indices of address spaces, and returns them by their names.
+    pub fn without_later(&self, hashes: &mut Vec<(u32, u64, u64)>) -> Vec<(u32, u64, u64)> {
+        let mut out = Vec::new();
         for plan in &self.later {
             let Some(mm) = self.names.spaces.iter().position(|n| *n == plan.space) else {
                 continue;
             };
             let set = PageSet::from_ranges(plan.ranges.iter().copied());
-            hashes.retain(|h| h.0 as usize != mm || !set.contains(h.1));
+            let follow = hashes.extract_if(.., |h| h.0 as usize == mm && set.contains(h.1));
+            out.extend(follow.map(|h| (plan.space, h.1, h.2)));
         }
+        out
     }
 
     /// Takes out of the pages to send those that can follow after the resume, beyond `budget` bytes; what the destination holds of them goes.

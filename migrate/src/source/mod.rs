@@ -373,11 +373,11 @@ pub async fn send<C: Connector>(
     };
     snap.holder.hold();
     let t_handover = Instant::now();
-    let hashes = if verify {
+    let (hashes, later_hashes) = if verify {
         match oracle::hashes(&snap.tree, &snap.pids, &snap.object_fds) {
             Ok(mut h) => {
-                snap.without_later(&mut h);
-                Some(h)
+                let later = snap.without_later(&mut h);
+                (Some(h), later)
             }
             Err(e) => {
                 thaw(&tracer).await;
@@ -386,7 +386,7 @@ pub async fn send<C: Connector>(
             }
         }
     } else {
-        None
+        Default::default()
     };
     let (later, guards) = found.map_or_else(Default::default, |(later, guards)| (Some(later), guards));
     let handover = Message::Handover(Handover {
@@ -395,6 +395,7 @@ pub async fn send<C: Connector>(
         later,
         guards,
         hashes,
+        later_hashes,
     });
     let sent = wire::send(&mut link, &handover).await;
     let answer = match sent {

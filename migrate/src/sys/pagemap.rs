@@ -255,6 +255,19 @@ impl Pagemap {
         self.scan_into(arg, |r| out.push((r.start, r.end)))
     }
 
+    /// Pages of `start..end` that are there and armed: nobody has written them since.
+    pub fn unwritten(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
+        let arg = ScanArg {
+            start,
+            end,
+            category_inverted: WRITTEN,
+            category_mask: PRESENT | WRITTEN,
+            return_mask: PRESENT,
+            ..Default::default()
+        };
+        self.scan_into(arg, |r| out.push((r.start, r.end)))
+    }
+
     /// Pages of `start..end` that hold content, with whether each is soft-dirty (Documentation/admin-guide/mm/soft-dirty.rst): by PAGEMAP_SCAN
     /// where it knows the category, else from the pagemap file, bit 55. The shared zero pages are no content: a page that was dropped and then
     /// only read is one of them, present and clean.

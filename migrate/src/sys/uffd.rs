@@ -6,6 +6,7 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    sync::OnceLock,
 };
 
 /// UFFD_FEATURE_WP_ASYNC.
@@ -78,6 +79,12 @@ const MODE_WP: u64 = 2;
 /// What a copy's userfaultfd needs: every event that moves memory about, and missing pages of shared memory.
 const EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6;
 
+/// [`EVENTS`], and asynchronous write protection where there is any: it does nothing to what is not registered for it.
+fn missing_features() -> u64 {
+    static ALSO: OnceLock<u64> = OnceLock::new();
+    EVENTS | ALSO.get_or_init(|| features().unwrap_or(0) & (WP_ASYNC | WP_SHMEM))
+}
+
 #[repr(C)]
 struct Copy {
     dst: u64,
@@ -86,6 +93,8 @@ struct Copy {
     mode: u64,
     copied: i64,
 }
+/// UFFDIO_COPY_MODE_WP.
+const COPY_MODE_WP: u64 = 2;
 // _IOWR(0xAA, 0x03, struct uffdio_copy)
 const UFFDIO_COPY: u64 = 3 << 30 | 40 << 16 | 0xaa << 8 | 0x03;
 
@@ -190,10 +199,18 @@ impl Userfault {
         Self::take_with(pid, fd, WP_ASYNC | WP_SHMEM)
     }
 
-    /// Takes the descriptor numbered `fd` in process `pid` and agrees on filling its missing pages. EPERM without CAP_SYS_PTRACE, which the
-    /// events of forks need.
+    /// Takes the descriptor numbered `fd` in process `pid` and agrees on filling its missing pages, and on telling which of them are written then, where
+    /// the kernel can. EPERM without CAP_SYS_PTRACE, which the events of forks need.
     pub fn take_missing(pid: i32, fd: i32) -> io::Result<Userfault> {
-        Self::take_with(pid, fd, EVENTS)
+        Self::take_with(pid, fd, missing_features())
+    }
+
+    /// The same for this process.
+    #[cfg(test)]
+    pub fn own_missing() -> io::Result<Userfault> {
+        let fd = create()?;
+        agree(&fd, missing_features())?;
+        Ok(Userfault { fd })
     }
 
     fn take_with(pid: i32, fd: i32, features: u64) -> io::Result<Userfault> {
@@ -214,9 +231,10 @@ impl Userfault {
         self.register_with(start, end, MODE_WP)
     }
 
-    /// Registers a range for missing pages, with the same errors; EPERM: shared memory that the process may not write to.
-    pub fn register_missing(&self, start: u64, end: u64) -> io::Result<()> {
-        self.register_with(start, end, MODE_MISSING)
+    /// Registers a range for missing pages, with the same errors; EPERM: shared memory that the process may not write to. `watch`: for write protection as
+    /// well, which pages have that are put in place with it.
+    pub fn register_missing(&self, start: u64, end: u64, watch: bool) -> io::Result<()> {
+        self.register_with(start, end, MODE_MISSING | if watch { MODE_WP } else { 0 })
     }
 
     fn register_with(&self, start: u64, end: u64, mode: u64) -> io::Result<()> {
@@ -249,13 +267,13 @@ impl Userfault {
     }
 
     /// Puts pages in place and wakes who waits for them. Returns how many bytes, and why no more. `src`: an address in this process,
-    /// which only the kernel reads.
-    pub fn copy(&self, dst: u64, src: u64, len: u64) -> (u64, Option<FillError>) {
+    /// which only the kernel reads. `protect`: they are write-protected then.
+    pub fn copy(&self, dst: u64, src: u64, len: u64, protect: bool) -> (u64, Option<FillError>) {
         let mut c = Copy {
             dst,
             src,
             len,
-            mode: 0,
+            mode: if protect { COPY_MODE_WP } else { 0 },
             copied: 0,
         };
         // SAFETY: `c` outlives the call; what it points to is only read, and by the kernel, which checks it.

@@ -36,6 +36,8 @@ pub fn soak(
     let guest = start(&options);
     let since = Instant::now();
     let mut downtime = 0.0_f64;
+    // By the oracle across the drain; the one at the freeze compares all the others.
+    let mut compared = 0;
     for migration in 1..=migrations {
         let before = guest.pulse().operations;
         let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| moves(&guest)));
@@ -44,6 +46,7 @@ pub fn soak(
             std::panic::resume_unwind(failed)
         });
         downtime = downtime.max(moved.number("downtime_ms"));
+        compared += moved.report["drain"]["compared"].as_u64().unwrap_or(0);
         // Some operations between any two migrations, beside those that go on during one.
         // A workload with a rate may hurry while nobody moves it.
         let busy = guest.dir().join("busy");
@@ -69,7 +72,7 @@ pub fn soak(
     }
     let operations = guest.pulse().operations;
     println!(
-        "{} {migrations} migrations, {operations} operations, 0 differences, longest downtime {downtime:.1} ms, {:.0} s",
+        "{} {migrations} migrations, {operations} operations, 0 differences, {compared} pages compared after a drain, longest downtime {downtime:.1} ms, {:.0} s",
         how.join(" "),
         since.elapsed().as_secs_f64()
     );
