@@ -23,6 +23,11 @@ use tokio_util::sync::CancellationToken;
 /// keeper were more than what it saved; sent within the freeze the same pages make it 4 to 5.5.
 const WORTH_WAITING: Duration = Duration::from_millis(3);
 
+/// Rounds that only drop pages, at most.
+const LETTING_GO: u32 = 4;
+/// Ranges that are dropped within the freeze as well as before it.
+const FEW_DROPS: usize = 400;
+
 /// One `send` between the preflight and the frozen tree.
 pub struct Job<'a> {
     pub pid: i32,
@@ -157,10 +162,23 @@ impl Job<'_> {
         let dirty = prepared.dirty;
         self.tracks(tracked)?.unsent(&prepared);
         if self.options.mode == Mode::Hybrid && dirty > self.budget() {
-            let gone = self.tracks(tracked)?.let_go();
-            if let Some(p) = gone {
-                self.round(link, tracked, p).await?;
+            self.let_go(link, tracked).await?;
+        }
+        Ok(())
+    }
+
+    /// Has the destination drop what it holds of pages that are going to follow, which would otherwise lengthen the freeze by a microsecond a piece. That
+    /// takes its time too, in which the program writes others: what is left shrinks from one turn to the next.
+    async fn let_go<L: Link>(&mut self, link: &mut L, tracked: &Shared) -> Result<(), Failure> {
+        for turn in 1..=LETTING_GO {
+            let Some(p) = self.tracks(tracked)?.let_go() else { break };
+            let few = p.drops.len() < FEW_DROPS;
+            self.round(link, tracked, p).await?;
+            if few || turn == LETTING_GO {
+                break;
             }
+            let prepared = self.look(tracked).await?;
+            self.tracks(tracked)?.unsent(&prepared);
         }
         Ok(())
     }

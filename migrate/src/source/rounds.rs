@@ -102,6 +102,8 @@ pub struct Prepared {
     pub drops: Vec<(u32, u64, u64)>,
     /// Pages to send, and what reads them.
     pub plans: Vec<(SpacePlan, Reader)>,
+    /// Of these, what the destination did not hold before, by names of address spaces.
+    new: Vec<(u32, PageSet)>,
     /// Bytes of memory that are dirty now: W.
     pub dirty: u64,
     /// Of these, held back.
@@ -125,6 +127,7 @@ impl Prepared {
             names: Names::default(),
             drops: Vec::new(),
             plans: Vec::new(),
+            new: Vec::new(),
             dirty: 0,
             hot: 0,
             dirtied: 0,
@@ -250,6 +253,11 @@ impl Rounds {
             .flat_map(|(plan, _)| plan.ranges.iter().map(|r| (plan.space, r.0, r.1)))
             .collect();
         self.missed(&pages);
+        for (name, new) in &p.new {
+            if let Some(s) = self.tracks.spaces.values_mut().find(|s| s.name == *name) {
+                s.held.subtract(new);
+            }
+        }
     }
 
     /// Everything owed that the destination has an older version of is going to be missing there when the copy runs: it can drop that already while
@@ -495,6 +503,7 @@ impl Rounds {
                 Ok(m) => out.plans.push((plan, Reader::Process(m))),
                 Err(_) => continue,
             }
+            out.new.push((s.name, send.difference(&s.held)));
             s.owed.subtract(&send);
             s.held.extend(&send);
         }
