@@ -1,9 +1,9 @@
 //! The figures of the README, as a table: freeze as a program sees it, throughput against a plain QUIC connection, memory of the agents,
 //! scale.
 //!
-//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `precopy`, `predict`, `growth`, `cost`, `redis`, `throughput`, `memory`, `scale`; all
-//! of them without any. `MIB@RATE` is a part as well: pre-copy of so much memory, written at so many megabytes a second. Rows are
-//! printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle
+//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `precopy`, `lazy`, `predict`, `growth`, `cost`, `redis`, `throughput`, `memory`, `scale`; all
+//! of them without any. `MIB@RATE` is a part as well: pre-copy of so much memory, written at so many megabytes a second; and so is `MODE:MIB@RATE`. Rows
+//! are printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle
 //! counts.
 
 use migrate_harness::{Guest, Hosts, Run, Stdio, programs, within};
@@ -18,6 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+const MIB: f64 = (1 << 20) as f64;
+
 fn main() {
     migrate_harness::without_oracle();
     let asked: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
@@ -30,8 +32,12 @@ fn main() {
     if wanted("precopy") {
         precopy();
     }
-    for (mib, rate) in asked.iter().filter_map(|a| a.split_once('@')) {
-        workload(mib, rate, runs());
+    for (what, rate) in asked.iter().filter_map(|a| a.split_once('@')) {
+        let (mode, mib) = what.split_once(':').unwrap_or(("pre-copy", what));
+        workload(mode, mib, rate, runs());
+    }
+    if wanted("lazy") {
+        lazy();
     }
     if wanted("predict") {
         predict();
@@ -152,16 +158,13 @@ fn freeze() {
 
 /// One migration of a program of `mib` MiB of random data that writes `rate` MB/s at random addresses: (its own gap at the freeze, its longest in the
 /// whole migration, its longest in the same time before, the report).
-fn moved(mib: &str, rate: &str, more: &[&str]) -> (f64, f64, f64, serde_json::Value) {
-    let hosts = hosts();
+fn moved(hosts: &Hosts, mode: &str, mib: &str, rate: &str) -> (f64, f64, f64, serde_json::Value) {
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", mib), ("rate", rate), ("rest-us", "50")]);
     guest.reset_gap();
     thread::sleep(Duration::from_millis(1500));
     let idle = guest.gap().as_secs_f64() * 1e3;
     guest.reset_gap();
-    let mut args = vec!["--mode", "pre-copy"];
-    args.extend(more);
-    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &args);
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", mode]);
     thread::sleep(Duration::from_millis(200));
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     (ms(guest.gap_at_move()), ms(guest.gap()), idle, moved.report)
@@ -174,12 +177,16 @@ fn number(report: &serde_json::Value, path: &str) -> f64 {
 const PARTS: [&str; 6] = ["interrupt_ms", "collect_ms", "scan_ms", "transfer_ms", "restore_ms", "handover_ms"];
 
 /// Prints rows for a workload, the first of them the program's own gap at the freeze; returns its median.
-fn workload(mib: &str, rate: &str, runs: usize) -> f64 {
+fn workload(mode: &str, mib: &str, rate: &str, runs: usize) -> f64 {
+    let mut drains = Drains::default();
     let (mut freezes, mut gaps, mut idle, mut agent, mut rounds, mut total, mut sent) =
         (vec![], vec![], vec![], vec![], vec![], vec![], vec![]);
     let mut parts = vec![vec![]; PARTS.len()];
     for _ in 0..runs {
-        let (freeze, gap, before, report) = moved(mib, rate, &[]);
+        let hosts = hosts();
+        let plain = (mode == "post-copy").then(|| ceiling(&hosts, 1 << 30)).flatten();
+        let (freeze, gap, before, report) = moved(&hosts, mode, mib, rate);
+        drains.add(&report, plain);
         freezes.push(freeze);
         gaps.push(gap);
         idle.push(before);
@@ -191,7 +198,10 @@ fn workload(mib: &str, rate: &str, runs: usize) -> f64 {
             part.push(number(&report, &format!("/downtime/{name}")));
         }
     }
-    let name = format!("{mib} MiB, {rate} MB/s");
+    let name = match mode {
+        "pre-copy" => format!("{mib} MiB, {rate} MB/s"),
+        _ => format!("{mode}, {mib} MiB, {rate} MB/s"),
+    };
     let freeze = row(&format!("{name}: gap of the program at the freeze"), "ms", freezes);
     row(&format!("{name}: its longest gap in all"), "ms", gaps);
     row(&format!("{name}: the same without a migration"), "ms", idle);
@@ -202,12 +212,88 @@ fn workload(mib: &str, rate: &str, runs: usize) -> f64 {
     row(&format!("{name}: rounds"), "", rounds);
     row(&format!("{name}: total"), "ms", total);
     row(&format!("{name}: sent"), "MB", sent);
+    drains.print(&name);
     freeze
 }
 
 fn precopy() {
     for (mib, rate) in [("16", "50"), ("1024", "50"), ("4096", "50"), ("1024", "200")] {
-        workload(mib, rate, runs());
+        workload("pre-copy", mib, rate, runs());
+    }
+}
+
+/// What followed the resume, run by run.
+#[derive(Default)]
+struct Drains {
+    p50: Vec<f64>,
+    p99: Vec<f64>,
+    faults: Vec<f64>,
+    lazy: Vec<f64>,
+    ms: Vec<f64>,
+    rate: Vec<f64>,
+    plain: Vec<f64>,
+}
+
+impl Drains {
+    fn add(&mut self, report: &serde_json::Value, plain: Option<f64>) {
+        let pages = number(report, "/pages_lazy");
+        if pages.is_nan() || pages == 0.0 {
+            return;
+        }
+        let ms = number(report, "/drain/ms");
+        let rate = pages * 4096.0 / (ms / 1e3);
+        self.p50.push(number(report, "/fault_latency_us/p50"));
+        self.p99.push(number(report, "/fault_latency_us/p99"));
+        self.faults.push(number(report, "/fault_latency_us/count"));
+        self.lazy.push(pages / 256.0);
+        self.ms.push(ms);
+        self.rate.push(rate / MIB);
+        self.plain.extend(plain.map(|p| 100.0 * rate / p));
+    }
+
+    fn print(self, name: &str) {
+        if self.lazy.is_empty() {
+            return;
+        }
+        row(&format!("{name}: followed the resume"), "MiB", self.lazy);
+        row(&format!("{name}: faults"), "", self.faults);
+        row(&format!("{name}: latency of half of them"), "us", self.p50);
+        row(&format!("{name}: of 99 in a hundred"), "us", self.p99);
+        row(&format!("{name}: drain"), "ms", self.ms);
+        row(&format!("{name}: drain"), "MiB/s", self.rate);
+        if !self.plain.is_empty() {
+            row(&format!("{name}: drain by plain QUIC just before"), "%", self.plain);
+        }
+    }
+}
+
+fn lazy() {
+    for mib in ["16", "1024", "4096"] {
+        workload("post-copy", mib, "0", runs());
+    }
+    for rate in ["50", "200", "1000"] {
+        workload("hybrid", "1024", rate, runs());
+    }
+    walk();
+}
+
+/// What a walk at random through 1 GiB loses by a migration, of the program's own speed before it.
+fn walk() {
+    for mode in ["post-copy", "hybrid", "pre-copy"] {
+        let mut lost = vec![];
+        for _ in 0..runs() {
+            let hosts = hosts();
+            let guest = Guest::start(&hosts.a, "ballast", &[("mib", "1024"), ("rest-us", "0")]);
+            let beats = || guest.pulse().beats as f64;
+            let (first, since) = (beats(), Instant::now());
+            thread::sleep(Duration::from_secs(1));
+            let speed = (beats() - first) / since.elapsed().as_secs_f64();
+            let (first, since) = (beats(), Instant::now());
+            hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", mode]);
+            let (done, time) = (beats() - first, since.elapsed().as_secs_f64());
+            lost.push(time - done / speed);
+        }
+        row(&format!("walk through 1 GiB, {mode}: lost in the whole migration"), "s", lost);
     }
 }
 
@@ -246,7 +332,7 @@ fn predict() {
 /// The freeze against the size, at 50 MB/s.
 fn growth() {
     let sizes = ["256", "512", "1024", "2048", "4096", "8192"];
-    let gaps: Vec<f64> = sizes.iter().map(|mib| workload(mib, "50", runs().min(5))).collect();
+    let gaps: Vec<f64> = sizes.iter().map(|mib| workload("pre-copy", mib, "50", runs().min(5))).collect();
     let slope = (gaps[gaps.len() - 1] - gaps[0]) / (8192.0 - 256.0) * 1024.0 * 1000.0;
     println!("| growth from 256 MiB to 8 GiB | {slope:.0} us a GiB | |");
 }
@@ -363,13 +449,12 @@ fn ceiling(hosts: &Hosts, bytes: u64) -> Option<f64> {
 }
 
 fn throughput() {
-    const MIB: f64 = (1 << 20) as f64;
     let (mut ours, mut theirs, mut ratio) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..runs() {
         let hosts = hosts();
         let guest = Guest::start(&hosts.a, "ballast", &[("mib", "1024"), ("rest-us", "100000")]);
         let most = ceiling(&hosts, 1 << 30);
-        let moved = hosts.move_tree(&hosts.a, guest.pid, &Stdio::Null);
+        let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "stop"]);
         let rounds = moved.report["rounds"].as_array().cloned().unwrap_or_default();
         let sum = |key: &str| rounds.iter().filter_map(|r| r[key].as_f64()).sum::<f64>();
         let rate = sum("pages") * 4096.0 / (sum("ms") / 1e3);
@@ -388,11 +473,10 @@ fn throughput() {
 }
 
 fn memory() {
-    const MIB: f64 = (1 << 20) as f64;
     let hosts = hosts();
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "4096"), ("rest-us", "100000")]);
     let receiver = hosts.b.receive(&Stdio::Null);
-    let sent = hosts.a.send(guest.pid, &receiver, &[]);
+    let sent = hosts.a.send(guest.pid, &receiver, &["--mode", "stop"]);
     sent.expect_code(0);
     let received = receiver.wait();
     let peak = |run: &Run| run.json()["agent_peak_rss"].as_f64().unwrap_or(f64::NAN) / MIB;
