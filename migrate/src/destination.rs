@@ -621,10 +621,10 @@ async fn last<L: Link>(
             .await??;
     }
     laps.lap("narrow");
-    if watch {
-        for a in &mut armed {
+    for a in &mut armed {
+        if let Some((_, hashes)) = &mut a.watched {
             let of = h.later_hashes.iter().filter(|l| l.0 == a.name);
-            a.expected = Some(of.map(|l| (l.1, l.2)).collect());
+            hashes.extend(of.map(|l| (l.1, l.2)));
         }
     }
     let keeper = match site.keeper.take() {

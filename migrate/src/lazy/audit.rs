@@ -10,7 +10,15 @@
 
 use super::table::Table;
 use crate::{image::PAGE, pages::PageSet, sys::pagemap::Pagemap};
-use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt};
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+};
 
 /// Bytes read at a time.
 const PIECE: u64 = 256 << 10;
@@ -26,9 +34,10 @@ struct Expected {
     hashes: Vec<(u64, u64)>,
 }
 
-/// Both files belong to the address space that the process had when they were opened, whatever it executes later.
+/// A process's memory and page tables. Both files belong to the address space that it had when they were opened, whatever it executes later; so the agent
+/// opens them while it is a skeleton, and passes them on: by the time the keeper hears of the process it may have ended.
 #[derive(Debug)]
-struct Watched {
+pub struct Watched {
     memory: File,
     pagemap: Pagemap,
 }
@@ -63,15 +72,10 @@ fn value(page: &[u8]) -> u64 {
 
 impl Audit {
     /// A process that the table knows as `space` is about to run. `missing`: what it misses of `name`; `hashes` of it at the source.
-    pub fn watch(&mut self, space: usize, pid: i32, name: u32, missing: &[(u64, u64)], hashes: Vec<(u64, u64)>) -> io::Result<()> {
-        let watched = Watched {
-            memory: File::open(format!("/proc/{pid}/mem"))?,
-            pagemap: Pagemap::open(pid)?,
-        };
+    pub fn watch(&mut self, space: usize, watched: Watched, name: u32, missing: &[(u64, u64)], hashes: Vec<(u64, u64)>) {
         self.watched.insert(space, watched);
         let followed = PageSet::from_ranges(missing.iter().copied());
         self.expected.insert(name, Expected { followed, hashes });
-        Ok(())
     }
 
     /// Whether pages are to be put in place write-protected.
@@ -109,6 +113,27 @@ impl Audit {
 }
 
 impl Watched {
+    /// Of a process that stands still.
+    pub fn open(pid: i32) -> io::Result<Watched> {
+        Ok(Watched {
+            memory: File::open(format!("/proc/{pid}/mem"))?,
+            pagemap: Pagemap::open(pid)?,
+        })
+    }
+
+    /// From the descriptors that another process sent, in the order of [`Watched::descriptors`].
+    pub fn from_fds(memory: OwnedFd, pagemap: OwnedFd) -> Watched {
+        Watched {
+            memory: File::from(memory),
+            pagemap: Pagemap::from_fd(pagemap),
+        }
+    }
+
+    /// What to send.
+    pub fn descriptors(&self) -> [&dyn AsFd; 2] {
+        [&self.memory, &self.pagemap]
+    }
+
     /// Every page of a range that is there and has not been written, with its value.
     fn look(&self, start: u64, end: u64, take: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
         let mut before = Vec::new();
@@ -180,7 +205,8 @@ mod tests {
         let space = table.add([region], [(at, at + N * PAGE)]);
         let mut audit = Audit::default();
         let me = std::process::id() as i32;
-        audit.watch(space, me, 3, &[(origin, origin + N * PAGE)], hashes.clone()).unwrap();
+        let watched = || Watched::open(me).unwrap();
+        audit.watch(space, watched(), 3, &[(origin, origin + N * PAGE)], hashes.clone());
         assert!(audit.on());
         assert_eq!(fd.copy(at, from.local(0, (N * PAGE) as usize), N * PAGE, true), (N * PAGE, None));
         table.filled(space, at, at + N * PAGE);
@@ -190,7 +216,7 @@ mod tests {
         let written = audit.compare(&table);
         assert_eq!((written.pages, written.different), (N - 1, 0), "{:?}", written.words);
         hashes[7].1 ^= 1;
-        audit.watch(space, me, 3, &[(origin, origin + N * PAGE)], hashes).unwrap();
+        audit.watch(space, watched(), 3, &[(origin, origin + N * PAGE)], hashes);
         let other = audit.compare(&table);
         assert_eq!((other.pages, other.different, other.words.len()), (N - 1, 1, 1));
         // The table is wrong about where: every page is at its neighbour's place.

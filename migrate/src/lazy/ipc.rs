@@ -39,8 +39,9 @@ pub enum ToKeeper {
         regions: Vec<(u64, u64, u32, u64)>,
         /// Ranges that are missing.
         missing: Vec<(u64, u64)>,
-        /// For the memory oracle: the process, and hashes of what is missing, as [`super::audit::Audit::watch`] takes them.
-        expected: Option<(i32, Vec<(u64, u64)>)>,
+        /// For the memory oracle: hashes of what is missing, as [`super::audit::Audit::watch`] takes them. Then the descriptors of
+        /// [`super::audit::Watched`] come along too.
+        expected: Option<Vec<(u64, u64)>>,
     },
     /// The copy is about to run: from now on faults are served, and the keeper outlives the agent.
     Start,

@@ -1,12 +1,15 @@
 //! The agent's end of the keeper: starting it, handing it the copy's userfaultfds, and finding one that an earlier agent left.
 
-use super::ipc::{Channel, FromKeeper, RING, ToKeeper};
+use super::{
+    audit::Watched,
+    ipc::{Channel, FromKeeper, RING, ToKeeper},
+};
 use crate::sys::{region::Region, uffd::Userfault};
 use std::{
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::{
             fs::{DirBuilderExt, OpenOptionsExt},
             net::UnixStream,
@@ -38,12 +41,10 @@ pub struct Armed {
     pub regions: Vec<(u64, u64, u32, u64)>,
     /// Ranges that are missing.
     pub missing: Vec<(u64, u64)>,
-    /// The process.
-    pub pid: i32,
     /// Its address space's name at the source.
     pub name: u32,
-    /// Hashes of what is missing, for the memory oracle.
-    pub expected: Option<Vec<(u64, u64)>>,
+    /// For the memory oracle, with hashes of what is missing.
+    pub watched: Option<(Watched, Vec<(u64, u64)>)>,
 }
 
 fn directory(state_dir: &Path) -> PathBuf {
@@ -100,14 +101,16 @@ impl Keeper {
 
     /// Hands over a process.
     pub fn take(&mut self, armed: Armed) -> io::Result<()> {
-        let expected = armed.expected.map(|hashes| (armed.pid, hashes));
+        let (watched, expected) = armed.watched.unzip();
         let (regions, missing) = (armed.regions, armed.missing);
         let space = ToKeeper::Space {
             regions,
             missing,
             expected,
         };
-        self.channel.send(&space, &[&armed.fd])
+        let mut fds: Vec<&dyn AsFd> = vec![&armed.fd];
+        fds.extend(watched.iter().flat_map(Watched::descriptors));
+        self.channel.send(&space, &fds)
     }
 
     /// From now on it serves, and outlives this agent.

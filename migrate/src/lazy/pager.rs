@@ -11,7 +11,7 @@
 //! Pages come through a ring of memory shared with the agent, one copy from the network's buffers, which the agent would have to make anyway.
 
 use super::{
-    audit::Audit,
+    audit::{Audit, Watched},
     ipc::{Channel, FrameRun, FromKeeper, RING, SLOT, SLOTS, Stats, ToKeeper},
     table::{Place, Region as Mapped, Table},
 };
@@ -152,8 +152,9 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
             } => {
                 let fd = Userfault::from_fd(agent.descriptor()?);
                 // At the beginning every region is where it was at the source.
-                if let (Some((pid, hashes)), Some(first)) = (expected, regions.first()) {
-                    keeper.audit.watch(keeper.fds.len(), pid, first.2, &missing, hashes)?;
+                if let (Some(hashes), Some(first)) = (expected, regions.first()) {
+                    let watched = Watched::from_fds(agent.descriptor()?, agent.descriptor()?);
+                    keeper.audit.watch(keeper.fds.len(), watched, first.2, &missing, hashes);
                 }
                 let regions = regions
                     .into_iter()

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     image::Vma,
-    lazy::{self, keeper::Armed},
+    lazy::{self, audit::Watched, keeper::Armed},
     pages::PageSet,
     sys::uffd::Userfault,
     wire::Ranges,
@@ -100,13 +100,14 @@ impl Rebuild {
                 .ok_or_else(|| wrong("register missing pages twice"))?;
             let vmas = &self.tree.mms[self.tree.processes[i].mm as usize].vmas;
             let regions = self.register(&fd, vmas, &missing, r.space, watch)?;
+            let open = || Watched::open(self.pids[i]).map_err(PilotError::agent("open its memory"));
+            let watched = watch.then(open).transpose()?.map(|w| (w, Vec::new()));
             out.push(Armed {
                 fd,
                 regions,
                 missing,
-                pid: self.pids[i],
                 name: r.space,
-                expected: None,
+                watched,
             });
         }
         Ok(out)

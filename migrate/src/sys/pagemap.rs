@@ -3,7 +3,10 @@
 use std::{
     fs::File,
     io,
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     sync::OnceLock,
 };
 
@@ -67,6 +70,12 @@ const HUGE_PAGE: u64 = 2 << 20;
 const REGIONS: usize = 512;
 const FEW: usize = 16;
 
+impl AsFd for Pagemap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 /// Pages that share a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
@@ -92,6 +101,11 @@ impl Pagemap {
         Ok(Pagemap {
             file: File::open(format!("/proc/{pid}/pagemap"))?,
         })
+    }
+
+    /// One that was opened elsewhere.
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Pagemap { file: File::from(fd) }
     }
 
     /// Ranges of `start..end` that are present or swapped out, and guards. The shared zero page counts as absent.
