@@ -129,6 +129,35 @@ fn link_cut_in_the_drain() {
     all_there(&hosts, &guest, "link cut in the drain");
 }
 
+/// Each child of a program that misses pages has a userfaultfd, which the keeper holds until it knows that the child has ended.
+#[test]
+fn link_cut_while_it_forks() {
+    const FILES: u64 = 300;
+    let hosts = two_hosts!();
+    let options = [("kind", "forks-beside"), ("ground-mib", "1")];
+    let guest = Guest::start_with(&hosts.a, "trap", &options, |c| c.open_files(FILES));
+    let receiver = hosts.b.receive_as(&Stdio::Null, &[], |c| c.open_files(FILES));
+    let pid = guest.pid.to_string();
+    let slowly = ["--mode", "post-copy", "--bandwidth", "8MB/s"];
+    let args = [hosts.a.send_args_any(&pid, &receiver), slowly.to_vec()].concat();
+    let sender = hosts.a.migrate(&args).start();
+    within("the drain", Duration::from_secs(20), || {
+        sender.stderr().contains("\"drain\"").then_some(())
+    });
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(sender.ended().is_none(), "the drain was over: {}", sender.stderr());
+    hosts.cut();
+    let before = guest.pulse().beats;
+    std::thread::sleep(Duration::from_secs(3));
+    let beats = guest.pulse().beats - before;
+    println!("{} children while the link was cut", 4 * beats);
+    hosts.join();
+    assert_eq!(sender.wait_for(Duration::from_secs(60)), Ended::Code(0), "{}", sender.stderr());
+    assert_eq!(receiver.process.wait_for(Duration::from_secs(30)), Ended::Code(0));
+    assert!(4 * beats > 2 * FILES, "it could not fork: {beats} turns");
+    all_there(&hosts, &guest, "link cut while it forks");
+}
+
 #[test]
 fn the_program_ends_in_the_drain() {
     let hosts = two_hosts!();

@@ -38,6 +38,8 @@ use std::{
 
 /// Pages put in place before the next look at what the program does: 64 KiB to 256 KiB are where UFFDIO_COPY is fastest.
 const UNIT: u64 = 64;
+/// Children after which those that have ended are looked for: each holds a descriptor until then, if no page arrives meanwhile that it missed.
+const LITTER: usize = 64;
 /// How often a keeper that nothing happens to looks whether its program is still there.
 const IDLE: Duration = Duration::from_secs(5);
 /// A page that has no content.
@@ -77,6 +79,8 @@ struct Keeper {
     waiting: HashMap<(u32, u64), Vec<Instant>>,
     /// Faults to be looked at again, because an event was under way.
     again: Vec<(usize, u64)>,
+    /// Children since those that have ended were looked for.
+    born: usize,
     /// Nanoseconds.
     latencies: Vec<u64>,
     stats: Stats,
@@ -99,6 +103,8 @@ pub fn main() -> io::Result<()> {
     let _ = rustix::process::setsid();
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     priority::ahead();
+    // A child that is forked while pages are missing costs a descriptor.
+    crate::restore::fds::raise_limit();
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
     let ended = run(UnixStream::from(stdin));
     if let Err(e) = &ended {
@@ -127,6 +133,7 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
         bulk: VecDeque::new(),
         waiting: HashMap::new(),
         again: Vec::new(),
+        born: 0,
         latencies: Vec::new(),
         stats: Stats::default(),
         audit: Audit::default(),
@@ -273,8 +280,9 @@ impl Keeper {
         let messages = match fd.read() {
             Ok(m) => m,
             Err(e) => {
-                // Never seen. Faults would stay unanswered, which is better than to let go of the descriptor.
+                // Too many children, at the worst: a fork waits until some have ended. Anything is better than to let go of the descriptor.
                 let _ = writeln!(io::stderr(), "a userfaultfd cannot be read: {e}");
+                self.bury();
                 std::thread::sleep(Duration::from_millis(10));
                 return;
             }
@@ -286,6 +294,10 @@ impl Keeper {
                     let child = self.table.fork(space);
                     debug_assert_eq!(child, self.fds.len());
                     self.fds.push(Some(fd));
+                    self.born += 1;
+                    if self.born == LITTER {
+                        self.bury();
+                    }
                 }
                 Message::Remap { from, to, len } => {
                     self.table.moved(space, from, to, len);
@@ -350,6 +362,7 @@ impl Keeper {
 
     /// Forgets address spaces that are no more.
     fn bury(&mut self) {
+        self.born = 0;
         let dead: Vec<usize> = (0..self.fds.len())
             .filter(|i| self.fds[*i].as_ref().is_some_and(|fd| !fd.alive()))
             .collect();

@@ -147,6 +147,16 @@ impl Host {
 
     /// The same with more options.
     pub fn receive_with(&self, out: &Stdio, more: &[&str]) -> Receiver<'_> {
+        self.receive_as(out, more, |c| c)
+    }
+
+    /// The same, started in some other way.
+    pub fn receive_as<'a>(
+        &'a self,
+        out: &Stdio,
+        more: &[&str],
+        how: impl FnOnce(crate::Command<'a>) -> crate::Command<'a>,
+    ) -> Receiver<'a> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let ticket_file = self.dir().join(format!("ticket-{}", NUMBER.fetch_add(1, Ordering::SeqCst)));
         let listen = format!("{}:{PORT}", self.address());
@@ -163,7 +173,7 @@ impl Host {
         }
         args.extend(more);
         let on = if *out == Stdio::Terminal { Stdio::Terminal } else { Stdio::Pipe };
-        let process = self.migrate(&args).stdio(on).start();
+        let process = how(self.migrate(&args).stdio(on)).start();
         let ticket = within("ticket of the receiver", Duration::from_secs(20), || {
             if let Some(ended) = process.ended() {
                 panic!("migrate receive ended: {ended:?}\n{}\n{}", process.stdout(), process.stderr());

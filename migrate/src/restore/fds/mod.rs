@@ -208,8 +208,8 @@ pub fn preflight(input: Input<'_>, blockers: &mut Vec<Blocker>) {
     }
 }
 
-/// Raises the agent's own soft RLIMIT_NOFILE to the hard one; returns the limit in force.
-fn raise_limit() -> u64 {
+/// Raises this process's own soft RLIMIT_NOFILE to the hard one; returns the limit in force.
+pub fn raise_limit() -> u64 {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {

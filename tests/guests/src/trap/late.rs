@@ -21,6 +21,7 @@ pub fn kind(name: &str) -> Option<io::Result<Trap>> {
         "read-only" => read_only(),
         "own-mem" => own_mem(),
         "checked-by-children" => children(),
+        "forks-beside" => forks_beside(),
         _ => return None,
     })
 }
@@ -308,6 +309,30 @@ fn children() -> io::Result<Trap> {
         children.push(child);
         if !area.page_is(page, SEED) {
             wrong(kit, "the parent", page);
+        }
+        Ok(())
+    }))
+}
+
+/// Children that end at once, beside memory that nobody touches before the end.
+fn forks_beside() -> io::Result<Trap> {
+    let area = area()?;
+    let mut children = Vec::new();
+    Ok(Box::new(move |kit, call| {
+        if call == Call::Verify {
+            for page in 0..area.len / PAGE {
+                if !area.page_is(page, SEED) {
+                    wrong(kit, "its owner", page);
+                }
+            }
+            return Ok(());
+        }
+        super::tasks::reap(kit, &mut children, "child that ends at once")?;
+        while children.len() < 4 {
+            match sys!(fork())? {
+                0 => sys0!(_exit(0)),
+                pid => children.push(pid),
+            }
         }
         Ok(())
     }))

@@ -24,7 +24,7 @@ pub fn kind(name: &str, kit: &mut Kit) -> Option<io::Result<Trap>> {
 }
 
 /// Waits for those that have ended; each must have ended well.
-fn reap(kit: &mut Kit, children: &mut Vec<i32>, what: &str) -> io::Result<()> {
+pub(super) fn reap(kit: &mut Kit, children: &mut Vec<i32>, what: &str) -> io::Result<()> {
     let mut wrong = Vec::new();
     let mut left = Vec::new();
     for pid in children.drain(..) {
