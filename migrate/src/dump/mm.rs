@@ -169,16 +169,16 @@ pub fn vmas(
             continue;
         }
         let place = || format!("{place} mapping {:x}-{:x} {}", m.start, m.end, String::from_utf8_lossy(&m.name));
-        if let Some(reason) = unsupported(m, cache.tracked) {
-            blockers.push(Blocker::new(place(), reason, "end its use before migrating"));
-            continue;
-        }
         if m.has(b"um") {
-            // After a migration every mapping that misses pages is registered, until they have come.
+            // After a migration every mapping that misses pages is registered until they have come; with the memory oracle for write protection as well.
             let reason =
                 "pages of it are still arriving from the host it came from (or the program has a userfaultfd of its own registered here)";
             let fix = "wait until all have come: the agents say so; or end its use of userfaultfd";
             blockers.push(Blocker::new(place(), reason, fix).transient());
+            continue;
+        }
+        if let Some(reason) = unsupported(m, cache.tracked) {
+            blockers.push(Blocker::new(place(), reason, "end its use before migrating"));
             continue;
         }
         match backing(pid, m, objects, cache) {

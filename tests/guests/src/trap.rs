@@ -172,6 +172,10 @@ pub fn trap(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     for line in ["mapping ", "task ", "process status Threads"] {
         kit.ignore(line);
     }
+    if kind == "interrupted" {
+        // Its timer's signal may be pending when it is looked at.
+        kit.ignore("process status ShdPnd");
+    }
     let mut run = mappings::kind(&kind)
         .or_else(|| objects::kind(&kind, &mut kit))
         .or_else(|| tasks::kind(&kind, &mut kit))
