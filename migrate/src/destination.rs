@@ -39,8 +39,6 @@ use tokio_util::sync::CancellationToken;
 
 /// How long the source may take between two messages before the freeze.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How long a source may take to say that it has heard of the end.
-const GOODBYE: Duration = Duration::from_secs(10);
 
 /// How a served connection ended.
 #[derive(Debug)]
@@ -246,7 +244,7 @@ pub async fn serve<L: Link>(
     } else {
         let left = cleaning.await;
         // One that is merely gone keeps its originals stopped, and asks.
-        if told.is_ok() && wire::goodbye(&mut link, GOODBYE).await {
+        if told.is_ok() && wire::goodbye(&mut link).await {
             let _ = journal.remove();
         }
         left

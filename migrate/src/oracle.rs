@@ -17,7 +17,13 @@ use crate::{
 };
 use std::{fs::File, io, os::fd::OwnedFd};
 
-/// (space, address, first 8 bytes of blake3) of every page that is not zero, or not what an untouched page would be, ascending.
+/// First 8 bytes of a page's blake3.
+pub fn hash(page: &[u8]) -> u64 {
+    let h = blake3::hash(page);
+    u64::from_le_bytes(h.as_bytes()[..8].try_into().unwrap())
+}
+
+/// (space, address, [`hash`]) of every page that is not zero, or not what an untouched page would be, ascending.
 pub fn hashes(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> io::Result<Vec<(u32, u64, u64)>> {
     let (plans, _) = pages::plan_tree(tree, pids, objects)?;
     let mut out = Vec::new();
@@ -45,12 +51,7 @@ pub fn hashes(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> io::Result<Vec<
                 }
                 for k in 0..run.pages as u64 {
                     let page = data.next().unwrap_or_default();
-                    let h = blake3::hash(page);
-                    out.push((
-                        plan.space,
-                        run.start + k * PAGE,
-                        u64::from_le_bytes(h.as_bytes()[..8].try_into().unwrap()),
-                    ));
+                    out.push((plan.space, run.start + k * PAGE, hash(page)));
                 }
             }
             true

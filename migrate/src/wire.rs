@@ -33,6 +33,8 @@ use std::time::Duration;
 
 /// The reason a source closes with once it has heard Running and ended its originals.
 pub const DONE: &str = "done";
+/// How long a source may take to say that it has heard of the end.
+const GOODBYE: Duration = Duration::from_secs(10);
 
 /// Revision of every message here.
 pub const VERSION: u16 = 3;
@@ -330,9 +332,9 @@ pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
         .await?)
 }
 
-/// Whether the source says goodbye within this time: only one that does has ended its originals, and will never ask again.
-pub async fn goodbye<L: Link>(link: &mut L, limit: Duration) -> bool {
-    let end = tokio::time::timeout(limit, recv(link)).await;
+/// Whether the source says goodbye soon: only one that does has ended its originals, and will never ask again.
+pub async fn goodbye<L: Link>(link: &mut L) -> bool {
+    let end = tokio::time::timeout(GOODBYE, recv(link)).await;
     matches!(end, Ok(Err(WireError::Link(LinkError::Closed { clean: true, ref reason, .. }))) if reason == DONE)
 }
 

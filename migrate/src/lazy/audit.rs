@@ -9,7 +9,7 @@
 //! ranges without content, which are not protected, and kernels without WP_ASYNC (before 6.7).
 
 use super::table::Table;
-use crate::{image::PAGE, pages::PageSet, sys::pagemap::Pagemap};
+use crate::{image::PAGE, oracle, pages::PageSet, sys::pagemap::Pagemap};
 use std::{
     collections::HashMap,
     fs::File,
@@ -61,13 +61,9 @@ pub struct Compared {
     pub words: Vec<String>,
 }
 
-/// First 8 bytes of a page's blake3; 0 for zeros. As [`crate::oracle::hashes`].
+/// A page's [`oracle::hash`]; 0 for zeros.
 fn value(page: &[u8]) -> u64 {
-    if page.iter().all(|b| *b == 0) {
-        return 0;
-    }
-    let hash = blake3::hash(page);
-    hash.as_bytes()[..8].iter().rev().fold(0, |v, b| v << 8 | u64::from(*b))
+    if page.iter().all(|b| *b == 0) { 0 } else { oracle::hash(page) }
 }
 
 impl Audit {

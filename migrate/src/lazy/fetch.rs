@@ -29,8 +29,6 @@ use tokio_util::sync::CancellationToken;
 
 /// Slots of the ring that only answers to faults may use.
 const URGENT: u32 = 4;
-/// How long a source may take to say that it has heard of the end.
-const GOODBYE: Duration = Duration::from_secs(10);
 
 /// New connections of migrations that are under way.
 #[derive(Debug)]
@@ -265,7 +263,7 @@ async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, s
                     return false;
                 }
                 if matches!(m, Message::Drained(_)) {
-                    return wire::goodbye(&mut link, GOODBYE).await;
+                    return wire::goodbye(&mut link).await;
                 }
             }
             s = link.accept_pages() => {
