@@ -568,11 +568,9 @@ async fn go_on_sending(dial: &Dial, entry: &Entry, events: Events, cancel: Cance
         blockers: Vec::new(),
     };
     events(Event::Phase { phase: "drain" });
-    let lane = lazy::lane::Lane::start().map_err(|e| unknown(e.to_string()))?;
     let drain = lazy::serve::Drain {
         connector: dial,
         id: &entry.id,
-        lane: &lane,
         bandwidth: None,
         events: &events,
         cancel: &cancel,

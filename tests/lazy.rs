@@ -41,6 +41,7 @@ while_pages_are_missing! {
     mappings_that_come_and_go: "new";
     a_mapping_that_moves: "moved";
     mappings_that_change_places: "swapped";
+    mappings_that_move_by_one_call: "moved-together";
     pages_that_move_and_leave_their_mapping: "left-behind";
     unmapped_and_mapped_again: "replaced";
     mapped_over: "mapped-over";

@@ -119,8 +119,6 @@ pub struct Drain<'a, C> {
     pub connector: &'a C,
     /// Which migration.
     pub id: &'a str,
-    /// Where the connection for faults lives.
-    pub lane: &'a Lane,
     /// Bytes a second at most on the wire.
     pub bandwidth: Option<u64>,
     /// Events.
@@ -171,7 +169,7 @@ impl Session {
 
 /// What a reconnection came to.
 enum Again<L> {
-    Links(L, L, Vec<(u32, u64, u64)>),
+    Links(L, Faults<L>, Vec<(u32, u64, u64)>),
     Drained(L, Stats),
 }
 
@@ -203,8 +201,8 @@ pub enum Welcome {
     Drained(Stats),
 }
 
-/// A second connection of this migration, for faults; or either of them anew.
-pub async fn attach<C: Connector>(connector: &C, id: &str, channel: Channel) -> Result<(C::Link, Welcome), Refusal> {
+/// A second connection of this migration, or either of them anew.
+async fn attach<C: Connector>(connector: &C, id: &str, channel: Channel) -> Result<(C::Link, Welcome), Refusal> {
     let mut link = connector.connect().await.map_err(|e| Refusal::Unreachable(e.to_string()))?;
     let ask = async {
         let m = Message::Attach(Attach {
@@ -233,6 +231,22 @@ pub async fn attach<C: Connector>(connector: &C, id: &str, channel: Channel) -> 
     }
 }
 
+/// The connection that faults come on, and the thread it lives on.
+#[derive(Debug)]
+pub struct Faults<L> {
+    link: L,
+    lane: Lane,
+}
+
+impl<L: Link> Faults<L> {
+    /// Starts the thread and connects there.
+    pub async fn connect<C: Connector<Link = L>>(connector: &C, id: &str) -> Result<Faults<L>, Refusal> {
+        let lane = Lane::start().map_err(|e| Refusal::Unreachable(format!("cannot start a thread: {e}")))?;
+        let (link, _) = lane.around(attach(connector, id, Channel::Faults)).await?;
+        Ok(Faults { link, lane })
+    }
+}
+
 /// Why a connection could not be attached.
 #[derive(Debug)]
 pub enum Refusal {
@@ -248,7 +262,7 @@ impl<C: Connector> Drain<'_, C> {
     pub async fn run(
         &self,
         originals: Originals,
-        links: Option<(C::Link, C::Link)>,
+        links: Option<(C::Link, Faults<C::Link>)>,
         ranges: Vec<(u32, u64, u64)>,
     ) -> Result<Served<C::Link>, ServeError> {
         let originals = Arc::new(originals);
@@ -320,7 +334,7 @@ impl<C: Connector> Drain<'_, C> {
                     Welcome::Drained(stats) => return Ok(Again::Drained(bulk, stats)),
                     Welcome::Missing(m) => m,
                 };
-                let (faults, _) = self.lane.around(attach(self.connector, self.id, Channel::Faults)).await?;
+                let faults = Faults::connect(self.connector, self.id).await?;
                 let mut ranges = Vec::new();
                 for r in missing {
                     let list = r
@@ -343,14 +357,14 @@ impl<C: Connector> Drain<'_, C> {
         }
     }
 
-    async fn session(&self, s: &Arc<Session>, bulk: &mut C::Link, faults: C::Link) -> End {
+    async fn session(&self, s: &Arc<Session>, bulk: &mut C::Link, faults: Faults<C::Link>) -> End {
         let rtt = bulk.rtt();
         let pages = match bulk.open_pages().await {
             Ok(p) => p,
             Err(e) => return e.into(),
         };
         let push = push(s.clone(), pages, rtt, self.bandwidth, self.events);
-        let answers = self.lane.run(answer(s.clone(), faults));
+        let answers = faults.lane.run(answer(s.clone(), faults.link));
         let hear = hear(s.clone(), bulk);
         tokio::pin!(push, answers, hear);
         let mut pushed = false;

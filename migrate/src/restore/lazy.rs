@@ -3,30 +3,48 @@
 //! A mapping that misses a page is registered as a whole, never in part: registered and not registered memory cannot be one mapping, and a program
 //! that moves a mapping with mremap(2) fails where there are two.
 //!
+//! Where one mremap(2) can move several mappings (Linux 6.17) the process's other private mappings are registered too, for asynchronous write
+//! protection, which costs their pages nothing. The kernel moves no registered mapping together with others, but finds that out mapping by mapping: one
+//! that is not registered, before one that is, would have been moved by the time the call fails. With all of them registered it fails at the
+//! first, with nothing moved, as it does on older kernels, which is what programs are prepared for. Registering them for missing pages instead would send
+//! each first touch of fresh memory to the keeper.
+//!
 //! Between the moment in which a stale page is dropped and the registration khugepaged could make a huge page of its neighbours and fill the gap with
 //! zeros; so the process has huge pages switched off for that time (PR_SET_THP_DISABLE; registered memory is never collapsed). [`Rebuild::complete`]
 //! gives it back what it had.
 
 use super::{
+    mm::PR_SET_THP_DISABLE,
     pilots::{Batch, PilotError},
     rebuild::Rebuild,
 };
 use crate::{
-    image::Vma,
+    image::{Backing, Vma},
     lazy::{self, audit::Watched, keeper::Armed},
     pages::PageSet,
-    sys::uffd::Userfault,
+    sys::{self, uffd::Userfault},
+    track::wp_async,
     wire::Ranges,
 };
 use std::io;
-
-const PR_SET_THP_DISABLE: u64 = 41;
 
 fn wrong(what: &str) -> PilotError {
     PilotError::agent(what)(io::Error::new(
         io::ErrorKind::InvalidData,
         "the source lists pages that cannot follow",
     ))
+}
+
+/// Ascending ranges, with those that touch made one.
+fn joined(ranges: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
+    let mut out: Vec<(u64, u64)> = Vec::new();
+    for (start, end) in ranges {
+        match out.last_mut() {
+            Some(last) if last.1 == start => last.1 = end,
+            _ => out.push((start, end)),
+        }
+    }
+    out
 }
 
 impl Rebuild {
@@ -135,6 +153,16 @@ impl Rebuild {
         }
         if covered != set.bytes() {
             return Err(wrong("register missing pages outside of every mapping"));
+        }
+        if sys::mem::moves_several() && wp_async::available() {
+            let others = vmas.iter().filter(|v| {
+                let own = !v.shared && !matches!(v.backing, Backing::Special(_)) && !v.flags.droppable;
+                own && !set.overlaps(v.start, v.end)
+            });
+            for (start, end) in joined(others.map(|v| (v.start, v.end))) {
+                fd.register(start, end)
+                    .map_err(PilotError::agent(format!("register {start:x}-{end:x}, which has all its pages")))?;
+            }
         }
         Ok(regions)
     }

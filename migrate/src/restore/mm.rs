@@ -14,7 +14,8 @@ const MAP_DROPPABLE: u64 = 0x08;
 const PR_SET_MM: u64 = 35;
 const PR_SET_MM_MAP: u64 = 14;
 const PR_SET_VMA: u64 = 0x5356_4d41;
-const PR_SET_THP_DISABLE: u64 = 41;
+/// PR_SET_THP_DISABLE.
+pub(super) const PR_SET_THP_DISABLE: u64 = 41;
 const MADV_GUARD_INSTALL: u64 = 102;
 
 /// Where the kernel's own mappings wait while the rest of the address space is exchanged.
@@ -115,6 +116,16 @@ impl Batches {
         }
         let last = self.list.len() - 1;
         &mut self.list[last]
+    }
+
+    fn push(&mut self, what: &str, nr: i64, args: &[u64]) {
+        self.room(1).call(what, nr, args);
+    }
+
+    fn guards(&mut self, guards: &[(u64, u64)]) {
+        for (a, e) in guards {
+            self.push("install a guard region", libc::SYS_madvise, &[*a, e - a, MADV_GUARD_INSTALL]);
+        }
     }
 
     /// All of them.
@@ -310,34 +321,21 @@ pub fn resolve_auxv(b: &mut Batch, pilots: &Pilots, slot: usize, auxv_len: usize
 
 /// Guard regions (MADV_GUARD_INSTALL).
 pub fn guards(guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
-    let batches = guards.chunks(cap).map(|group| {
-        let mut b = Batch::new();
-        for (a, e) in group {
-            b.call("install a guard region", libc::SYS_madvise, &[*a, e - a, MADV_GUARD_INSTALL]);
-        }
-        b
-    });
-    batches.collect()
+    let mut out = Batches::new(cap);
+    out.guards(guards);
+    out.into_vec()
 }
 
 /// What has to wait until the pages are there: guards and locks. Nothing is parked from here on.
 pub fn after_pages(mm: &Mm, park: &Parking, guards: &[(u64, u64)], cap: usize) -> Vec<Batch> {
-    let mut out = vec![Batch::new()];
-    let mut push = |what: &str, nr: i64, args: &[u64]| {
-        if out.last().is_some_and(|b| b.len() + 1 > cap) {
-            out.push(Batch::new());
-        }
-        out.last_mut().unwrap().call(what, nr, args);
-    };
-    push("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
+    let mut out = Batches::new(cap);
+    out.push("give up the parked mappings", libc::SYS_munmap, &[park.at, park.len]);
     if mm.thp_disable {
-        push("PR_SET_THP_DISABLE", libc::SYS_prctl, &[PR_SET_THP_DISABLE, 1, 0, 0, 0]);
+        out.push("PR_SET_THP_DISABLE", libc::SYS_prctl, &[PR_SET_THP_DISABLE, 1, 0, 0, 0]);
     }
-    for (a, e) in guards {
-        push("install a guard region", libc::SYS_madvise, &[*a, e - a, MADV_GUARD_INSTALL]);
-    }
+    out.guards(guards);
     for v in mm.vmas.iter().filter(|v| v.flags.locked || v.flags.lock_on_fault) {
-        push(
+        out.push(
             "mlock2",
             libc::SYS_mlock2,
             &[v.start, v.end - v.start, u64::from(v.flags.lock_on_fault)],
@@ -346,14 +344,14 @@ pub fn after_pages(mm: &Mm, park: &Parking, guards: &[(u64, u64)], cap: usize) -
     match mm.mlock_future {
         0 => {}
         // mlockall(MCL_FUTURE) alone leaves the present mappings as they are.
-        1 => push("mlockall", libc::SYS_mlockall, &[libc::MCL_FUTURE as u64]),
-        _ => push("mlockall", libc::SYS_mlockall, &[(libc::MCL_FUTURE | libc::MCL_ONFAULT) as u64]),
+        1 => out.push("mlockall", libc::SYS_mlockall, &[libc::MCL_FUTURE as u64]),
+        _ => out.push("mlockall", libc::SYS_mlockall, &[(libc::MCL_FUTURE | libc::MCL_ONFAULT) as u64]),
     }
     for bit in (0..32).filter(|b| mm.membarrier >> b & 1 != 0) {
         // Registration commands are the odd ones beside the private expedited ones: pass the bit as the command.
-        push("membarrier", libc::SYS_membarrier, &[1 << bit, 0]);
+        out.push("membarrier", libc::SYS_membarrier, &[1 << bit, 0]);
     }
-    out
+    out.into_vec()
 }
 
 /// Checks what a peer or an image claims of an address space.

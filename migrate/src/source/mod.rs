@@ -15,10 +15,7 @@ mod transfer;
 use crate::{
     dump::{self, mm::Cache, pages::SpacePlan, tree::Dumped},
     journal::{self, Entry, Journal, Side, Stage},
-    lazy::{
-        lane::Lane,
-        serve::{self, Refusal, ServeError},
-    },
+    lazy::serve::{self, Refusal, ServeError},
     oracle,
     procfs::{stat, status},
     report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Report, SendOptions},
@@ -234,11 +231,10 @@ pub async fn send<C: Connector>(
         }
     }
     let mut faults = None;
-    let lane = Lane::start().map_err(|e| Failure::failed("connect", pid, e))?;
     if lazy && !options.dry_run {
         // Now, so that no handshake is waited for when a task waits for a page.
-        match lane.around(serve::attach(&connector, &id, wire::Channel::Faults)).await {
-            Ok((link, _)) => faults = Some(link),
+        match serve::Faults::connect(&connector, &id).await {
+            Ok(link) => faults = Some(link),
             Err(Refusal::Refused(why) | Refusal::Unreachable(why)) => {
                 let m = format!(
                     "no second connection to {} for pages on demand: {why}; the program runs on here",
@@ -457,7 +453,6 @@ pub async fn send<C: Connector>(
         let job = serve::Drain {
             connector: &connector,
             id: &id,
-            lane: &lane,
             bandwidth: options.bandwidth,
             events: &events,
             cancel: &cancel,
@@ -537,7 +532,7 @@ struct Late {
 async fn serve_later<C: Connector>(
     job: &serve::Drain<'_, C>,
     snap: &Snapshot,
-    links: Option<(C::Link, C::Link)>,
+    links: Option<(C::Link, serve::Faults<C::Link>)>,
 ) -> Result<serve::Served<C::Link>, ServeError> {
     let originals = snap.originals().map_err(ServeError::Read)?;
     let missing = |p: &SpacePlan| p.ranges.iter().map(|r| (p.space, r.0, r.1)).collect::<Vec<_>>();

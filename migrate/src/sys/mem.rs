@@ -5,6 +5,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::unix::fs::FileExt,
+    sync::OnceLock,
 };
 
 /// Reads `buf.len()` bytes at `addr`; fails on pages the task itself may not read.
@@ -26,6 +27,26 @@ pub fn read(pid: i32, addr: u64, buf: &mut [u8]) -> io::Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Whether one mremap(2) moves several mappings here (Linux 6.17). It moves them one after the other, and refuses those registered with a userfaultfd:
+/// at once if the first one is, else after it has moved those before.
+pub fn moves_several() -> bool {
+    static DOES: OnceLock<bool> = OnceLock::new();
+    *DOES.get_or_init(|| {
+        use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap_anonymous, mprotect, mremap_fixed, munmap};
+        const PAGE: usize = crate::image::PAGE as usize;
+        // SAFETY: four pages of this function's own, which nobody else knows of, and which have the same borders before and after.
+        unsafe {
+            let Ok(at) = mmap_anonymous(std::ptr::null_mut(), 4 * PAGE, ProtFlags::empty(), MapFlags::PRIVATE) else {
+                return false;
+            };
+            let other = mprotect(at, PAGE, MprotectFlags::READ).is_ok();
+            let moved = mremap_fixed(at, 2 * PAGE, 2 * PAGE, MremapFlags::MAYMOVE, at.byte_add(2 * PAGE));
+            let _ = munmap(at, 4 * PAGE);
+            other && moved.is_ok()
+        }
+    })
 }
 
 /// Ranges in one call (IOV_MAX).

@@ -303,8 +303,8 @@ impl Userfault {
 
     /// Whether the address space is still there.
     pub fn alive(&self) -> bool {
-        // The last page a process can have. Nothing is registered for write protection here, so that ESRCH is all this can come to, but for errors that
-        // say nothing; zeros would fill the page if it were missing.
+        // The last page a process can have. Nothing here waits for write protection to be taken away, so that ESRCH is all this can come to, but for
+        // errors that say nothing; zeros would fill the page if it were missing.
         const LAST: u64 = 0x7fff_ffff_e000;
         let mut w = Writeprotect {
             start: LAST,

@@ -5,7 +5,7 @@ use crate::{
     kit::{Numbers, sys, sys0},
     memory::PAGE,
 };
-use std::{io, path::Path, time::Duration};
+use std::{io, os::fd::AsRawFd, path::Path, time::Duration};
 
 pub const FILE_PAGES: usize = 256;
 pub const FILE_SEED: u64 = 1 << 62;
@@ -331,8 +331,12 @@ impl World {
         }
         let r = self.model.isolate(r, first, n);
         let (from, bytes) = (self.model.regions[r].at, n * PAGE);
-        let place = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let got = sys!(mmap(std::ptr::null_mut(), bytes, NONE, place, -1, 0));
+        // A file that no region is of, so that it is told from what moves there.
+        let Some(place) = self.tried(std::fs::File::open(PLACE)) else {
+            return;
+        };
+        let got = sys!(mmap(std::ptr::null_mut(), bytes, NONE, libc::MAP_PRIVATE, place.as_raw_fd(), 0));
+        drop(place);
         let Some(to) = self.tried(got) else { return };
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | if leave { MREMAP_DONTUNMAP } else { 0 };
         let got = sys!(mremap(pointer(from), bytes, bytes, flags, to));
@@ -361,10 +365,7 @@ impl World {
     /// Since Linux 6.17 one mremap(2) moves several mappings, one after the other, and stops in the middle at one that has to stay (one with a
     /// userfaultfd, for example): EFAULT, and those before it are moved. They are moved back.
     fn undo_move(&mut self, from: usize, to: usize, n: usize) {
-        let mut seen = 0_u8;
-        let gone = (0..n)
-            .take_while(|p| sys!(mincore(pointer(from + p * PAGE), PAGE, &mut seen)).is_err())
-            .count();
+        let gone = (moved_until(to, to + n * PAGE) - to) / PAGE;
         if gone > 0 {
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
             let back = sys!(mremap(pointer(to), gone * PAGE, gone * PAGE, flags, pointer(from)));
@@ -641,4 +642,22 @@ fn descend(levels: u64, seed: u64, pause: bool) -> u64 {
         std::thread::sleep(Duration::from_millis(2));
     }
     wrong + u64::from(!holds(at, seed ^ (levels << 48)))
+}
+
+/// Mapped where something is going to move.
+const PLACE: &str = "/proc/self/exe";
+
+/// Where the mapping of [`PLACE`] begins, over whose first pages something may have been moved; the range's end if nothing of it is left.
+fn moved_until(start: usize, end: usize) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let name = std::fs::read_link(PLACE).unwrap_or_default();
+    let left = maps
+        .lines()
+        .filter(|line| line.ends_with(&*name.to_string_lossy()))
+        .filter_map(|line| {
+            let (from, to) = line.split_ascii_whitespace().next()?.split_once('-')?;
+            let (from, to) = (usize::from_str_radix(from, 16).ok()?, usize::from_str_radix(to, 16).ok()?);
+            (from < end && to > start).then_some(from.max(start))
+        });
+    left.min().unwrap_or(end)
 }

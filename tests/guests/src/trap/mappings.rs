@@ -14,6 +14,7 @@ pub fn kind(name: &str) -> Option<io::Result<Trap>> {
         "new" => new(),
         "moved" => moved(),
         "swapped" => swapped(),
+        "moved-together" => moved_together(),
         "left-behind" => left_behind(),
         "replaced" => replaced(true),
         "mapped-over" => replaced(false),
@@ -106,6 +107,50 @@ fn swapped() -> io::Result<Trap> {
         }
         both.iter_mut()
             .for_each(|p| p.look(kit, "one of two mappings that change places", call, &mut numbers));
+        Ok(())
+    }))
+}
+
+/// Mappings in a row, of which every other one cannot be touched and has no pages, move by one call. Where the kernel refuses that, nothing has moved.
+fn moved_together() -> io::Result<Trap> {
+    const RUN: usize = 8;
+    let mut patch = Patch::map(8 * RUN, PRIVATE)?;
+    for first in (RUN..patch.len()).step_by(2 * RUN) {
+        patch.protect(first - RUN, RUN, libc::PROT_NONE)?;
+        (first..first + RUN).for_each(|p| patch.write(p));
+    }
+    let mut other = map_at(0, patch.len(), PRIVATE | libc::MAP_NORESERVE, -1)?;
+    let mut numbers = Numbers::new(24);
+    Ok(Box::new(move |kit, call| {
+        if call == Call::Step {
+            let (from, len) = (patch.at, patch.len());
+            // Whoever reads /proc/self/mem there leaves the page of zeros behind: the portrait does.
+            for first in (0..len).step_by(2 * RUN) {
+                patch.advise(first, RUN, libc::MADV_DONTNEED)?;
+            }
+            // By one, then from the second on, which are the full ones.
+            let first = below(&mut numbers, 2) * RUN;
+            let part = |at: usize| at + first * PAGE;
+            match shift(part(from), len - first, part(other), 0) {
+                Ok(()) => {
+                    if first > 0 {
+                        shift(from, first, other, 0)?;
+                    }
+                    patch.at = other;
+                    other = map_at(from, len, PRIVATE | libc::MAP_NORESERVE, -1)?;
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+                    let mut there = [0_u8; 8 * RUN];
+                    let whole = sys!(mincore(pointer(from), len * PAGE, there.as_mut_ptr())).is_ok();
+                    kit.check(whole, "mappings that could not move together have moved in part");
+                    map_at(other, len, PRIVATE | libc::MAP_NORESERVE, -1)?;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        // The others stay untouched.
+        let first = RUN * (1 + 2 * below(&mut numbers, 4));
+        (first..first + RUN).for_each(|p| patch.check(kit, "mappings that move together", p));
         Ok(())
     }))
 }
