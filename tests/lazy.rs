@@ -57,6 +57,7 @@ while_pages_are_missing! {
     holes_in_shared_memory: "punched";
     a_memfd_written_by_its_descriptor: "written-by-descriptor";
     shared_memory_written_by_a_child: "written-by-a-child";
+    shared_memory_written_by_workers: "written-by-workers";
     another_kind_of_mapping_at_the_same_place: "other-backing";
     processes_that_come_and_go: "forks";
     processes_with_children_that_come_and_go: "grandchildren";

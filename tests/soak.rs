@@ -11,6 +11,8 @@ const PRE_COPY: &[&str] = &["--mode", "pre-copy"];
 const POST_COPY: &[&str] = &["--mode", "post-copy", "--bandwidth", "60MB/s"];
 const HYBRID: &[&str] = &["--mode", "hybrid", "--max-rounds", "2", "--bandwidth", "60MB/s"];
 
+const TRACKED: &str = "map,unmap,replace,remap,protect,write,brk,stack";
+
 fn soak(how: &[&str], options: &[(&str, &str)]) {
     let hosts = two_hosts!();
     let mut on = None;
@@ -53,5 +55,7 @@ soaks! {
     memory_alone_with_post_copy: POST_COPY, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];
     // Mappings that should be gone are found only where no thread's stack comes and goes.
     memory_alone_with_stop: STOP, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];
+    // Without madvise(2), after which shared memory is compared by content rather than tracked.
+    tracked_shared_memory: PRE_COPY, &[("children", "0"), ("threads", "0"), ("ops-per-second", "3000"), ("only", TRACKED)];
     memory_alone_with_pre_copy: PRE_COPY, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];
 }

@@ -572,7 +572,10 @@ async fn last<L: Link>(
     rounds.push(round);
     let own_hashes = if verify {
         let found = site
-            .with(|c| Ok::<_, io::Error>((oracle::hashes(c.tree(), c.pids(), c.objects())?, c.check_mappings()?)))
+            .with(|c| {
+                let hashes = oracle::hashes(c.tree(), c.pids(), c.objects())?;
+                Ok::<_, io::Error>(((hashes, c.tree().mms.clone()), c.check_mappings()?))
+            })
             .await?;
         let (hashes, wrong) = found.map_err(|e| format!("cannot hash the copy's pages: {e}"))?;
         if !wrong.is_empty() {
@@ -604,8 +607,8 @@ async fn last<L: Link>(
             h.pages, h.zero, round.pages, round.zero_pages
         ));
     }
-    if let (Some(theirs), Some(ours)) = (h.hashes, own_hashes) {
-        let d = oracle::differences(&theirs, &ours);
+    if let (Some(theirs), Some((ours, mms))) = (h.hashes, own_hashes) {
+        let d = oracle::differences(&theirs, &ours, &mms);
         if !d.is_empty() {
             return Err(format!("the copy's memory differs from the original's: {}", d.join("; ")));
         }
@@ -736,6 +739,7 @@ async fn pages<L: Link>(link: &mut L, sink: Sink, number: u32, total: u64, event
         bytes: received,
         ms: start.elapsed().as_secs_f64() * 1000.0,
         stopped_ms: 0.0,
+        compared: 0,
     };
     Ok((round, missed))
 }

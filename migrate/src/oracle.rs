@@ -11,7 +11,7 @@ use crate::{
         self,
         pages::{self, OBJECT_SPACE, Reader},
     },
-    image::{Backing, PAGE, Tree, Vma, VmaFlags},
+    image::{Backing, Mm, PAGE, Tree, Vma, VmaFlags},
     procfs::maps::Mapping,
     sys::mem::Mem,
 };
@@ -61,8 +61,18 @@ pub fn hashes(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> io::Result<Vec<
     Ok(out)
 }
 
-/// The first few differences, in words; empty when equal.
-pub fn differences(expected: &[(u32, u64, u64)], got: &[(u32, u64, u64)]) -> Vec<String> {
+/// What a page belongs to, in words.
+fn owner(mms: &[Mm], space: u32, at: u64) -> String {
+    let vmas = mms.get(space as usize).map_or(&[][..], |m| &m.vmas);
+    match vmas.iter().find(|v| (v.start..v.end).contains(&at)) {
+        Some(v) => format!("{:x}-{:x}, rights {}, {:?}", v.start, v.end, v.prot, v.backing),
+        None if space >= OBJECT_SPACE => "shared memory".into(),
+        None => "no mapping".into(),
+    }
+}
+
+/// The first few differences, in words; empty when equal. `mms`: the address spaces that the pages are of.
+pub fn differences(expected: &[(u32, u64, u64)], got: &[(u32, u64, u64)], mms: &[Mm]) -> Vec<String> {
     let mut out = Vec::new();
     let (mut i, mut k) = (0, 0);
     let mut count = 0;
@@ -77,15 +87,15 @@ pub fn differences(expected: &[(u32, u64, u64)], got: &[(u32, u64, u64)]) -> Vec
                 if same {
                     continue;
                 }
-                format!("page {:#x} of space {:#x} differs", e.1, e.0)
+                format!("page {:#x} of space {:#x} ({}) differs", e.1, e.0, owner(mms, e.0, e.1))
             }
             (Some(e), g) if g.is_none_or(|g| e < g) => {
                 i += 1;
-                format!("page {:#x} of space {:#x} is missing", e.1, e.0)
+                format!("page {:#x} of space {:#x} ({}) is missing", e.1, e.0, owner(mms, e.0, e.1))
             }
             (_, Some(g)) => {
                 k += 1;
-                format!("page {:#x} of space {:#x} should be zero", g.1, g.0)
+                format!("page {:#x} of space {:#x} ({}) should be zero", g.1, g.0, owner(mms, g.0, g.1))
             }
             _ => break,
         };
@@ -205,11 +215,11 @@ mod tests {
     #[test]
     fn every_kind_of_difference_shows() {
         let a = [(0, 4096, 1), (0, 8192, 2), (1, 4096, 3)];
-        assert!(differences(&a, &a).is_empty());
-        assert_eq!(differences(&a, &a[..2]).len(), 1);
-        assert_eq!(differences(&a[1..], &a).len(), 1);
+        assert!(differences(&a, &a, &[]).is_empty());
+        assert_eq!(differences(&a, &a[..2], &[]).len(), 1);
+        assert_eq!(differences(&a[1..], &a, &[]).len(), 1);
         let mut b = a;
         b[1].2 = 9;
-        assert_eq!(differences(&a, &b), vec!["page 0x2000 of space 0x0 differs"]);
+        assert_eq!(differences(&a, &b, &[]), vec!["page 0x2000 of space 0x0 (no mapping) differs"]);
     }
 }

@@ -127,6 +127,9 @@ pub struct Round {
     /// Of these, milliseconds in which the tree was stopped to look at it (soft-dirty).
     #[serde(default)]
     pub stopped_ms: f64,
+    /// Bytes of shared memory and unlinked files that were compared with what had been sent before, since no page table tells all that was written there.
+    #[serde(default)]
+    pub compared: u64,
 }
 
 /// Parts of the freeze, milliseconds.

@@ -124,6 +124,25 @@ pub fn data(fd: BorrowedFd<'_>, size: u64) -> io::Result<Vec<(u64, u64)>> {
     Ok(ranges)
 }
 
+/// Pages of a part of a file, which begins at a page, that hold data. One by one: SEEK_HOLE would look through all the data behind this part, too.
+pub fn data_pages(fd: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<Vec<u64>> {
+    use nix::unistd::{Whence, lseek};
+    let mut pages = Vec::new();
+    let mut at = start;
+    while at < end {
+        at = match lseek(fd, at as i64, Whence::SeekData) {
+            Ok(d) => d as u64 & !(PAGE - 1),
+            Err(nix::Error::ENXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        if at < end {
+            pages.push(at);
+        }
+        at += PAGE;
+    }
+    Ok(pages)
+}
+
 /// Everything of a frozen tree.
 pub fn plan_tree(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> io::Result<(Vec<SpacePlan>, Vec<Guards>)> {
     let mut plans = Vec::new();

@@ -86,6 +86,8 @@ pub struct Snapshot {
     pub held: Vec<(u32, PageSet)>,
     /// Memory that the destination holds and that is untouched now.
     pub drops: Vec<(u32, u64, u64)>,
+    /// Bytes of shared memory that were compared by content.
+    pub compared: u64,
     /// Guard regions.
     pub guards: Vec<Vec<(u64, u64)>>,
     /// Keeps the tree stopped beyond the death of this agent.
@@ -238,6 +240,7 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
         unseen: last.unseen,
         held: last.held,
         drops: last.drops,
+        compared: last.compared,
         guards: last.guards,
         since,
         interrupt,
@@ -261,6 +264,8 @@ pub struct Last {
     pub guards: Vec<pages::Guards>,
     /// Memory that is untouched now.
     pub drops: Vec<(u32, u64, u64)>,
+    /// Bytes of shared memory that were compared by content.
+    pub compared: u64,
 }
 
 impl Last {

@@ -4,12 +4,14 @@
 //! own death (ptrace lets go, the injected stub returns by itself). After it only the destination's answer counts; without one the tree
 //! stays stopped by SIGSTOP and the journal says so.
 
+mod attach;
 mod fixed;
 pub mod freeze;
 pub mod objects;
 mod precopy;
 mod predict;
 pub mod rounds;
+pub mod shared;
 mod transfer;
 
 use crate::{
@@ -353,7 +355,10 @@ pub async fn send<C: Connector>(
             return Err(e);
         }
     };
-    rounds.push(round);
+    rounds.push(crate::report::Round {
+        compared: snap.compared,
+        ..round
+    });
 
     phase("handover");
     let (mut journal, mut entry) = match journal.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into())) {

@@ -1,12 +1,13 @@
-//! Shared memory and unlinked files, compared by content: what changed since it was sent last.
+//! What was sent of shared memory and unlinked files, by content.
 //!
 //! Such an object may be written through any mapping of it, by write(2) on a descriptor, from outside the tree, and holes may be punched into
 //! it; no tracker sees all of that. So a hash of every page that was sent is kept (16 bytes of blake3), and a round sends the pages whose hash
-//! differs. That reads the whole object each round and inside the freeze, about 1 s a GiB on one core: right, and slow for large objects.
+//! differs. That reads the whole object each round and inside the freeze, about 1 s a GiB on one core: right, and slow for large objects. Where
+//! [`super::shared`] knows better which pages may have been written, only those are looked at, and sent whatever they hold.
 
 use crate::{image::PAGE, pages::PageSet};
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs::File,
     io,
     os::{fd::AsFd, unix::fs::FileExt},
@@ -22,10 +23,30 @@ pub fn hash(page: &[u8]) -> Hash {
     out
 }
 
+/// What was sent of an object.
+#[derive(Debug, Default)]
+struct Sent {
+    pages: HashMap<u64, Hash>,
+    /// Of these, all whose content at the destination is not known: they were found dirty, and no round has delivered them since.
+    owed: BTreeSet<u64>,
+}
+
+impl Sent {
+    fn owe(&mut self, at: u64) {
+        self.pages.insert(at, [0; 16]);
+        self.owed.insert(at);
+    }
+
+    fn forget(&mut self, at: u64) -> bool {
+        self.owed.remove(&at);
+        self.pages.remove(&at).is_some()
+    }
+}
+
 /// What was sent of each object, by its name in page runs.
 #[derive(Debug, Default)]
 pub struct Contents {
-    sent: HashMap<u32, HashMap<u64, Hash>>,
+    sent: HashMap<u32, Sent>,
 }
 
 /// How an object differs from what was sent of it.
@@ -45,15 +66,22 @@ impl Contents {
 
     /// Takes all pages for sent with content that no page has.
     pub fn resend_all(&mut self) {
-        self.sent.values_mut().flat_map(HashMap::values_mut).for_each(|h| *h = [0; 16]);
+        for sent in self.sent.values_mut() {
+            sent.pages.values_mut().for_each(|h| *h = [0; 16]);
+            sent.owed.extend(sent.pages.keys());
+        }
     }
 
     /// What was really sent of an object: (name, page, hash). Not what the look had found there: a page that was changed between the look and the read,
     /// and back again before the next look, would seem to be what the destination has.
     pub fn sent(&mut self, pages: &[(u32, u64, Hash)]) {
         for (name, at, hash) in pages {
-            if let Some(sent) = self.sent.get_mut(name) {
-                sent.insert(*at, *hash);
+            let Some(sent) = self.sent.get_mut(name) else { continue };
+            if *hash == [0; 16] {
+                sent.owe(*at);
+            } else {
+                sent.pages.insert(*at, *hash);
+                sent.owed.remove(at);
             }
         }
     }
@@ -72,21 +100,38 @@ impl Contents {
                 read_full(file, at, &mut buf[..n])?;
                 for (k, page) in buf[..n].chunks(PAGE as usize).enumerate() {
                     let at = at + k as u64 * PAGE;
-                    if sent.get(&at) != Some(&hash(page)) {
-                        sent.insert(at, [0; 16]);
+                    if sent.pages.get(&at) != Some(&hash(page)) {
+                        sent.owe(at);
                         out.dirty.insert(at, at + PAGE);
                     }
                 }
                 at += n as u64;
             }
         }
-        sent.retain(|&at, _| {
-            let keep = there.contains(at);
-            if !keep {
-                out.gone.insert(at, at + PAGE);
+        let gone: Vec<u64> = sent.pages.keys().copied().filter(|at| !there.contains(*at)).collect();
+        for at in gone {
+            sent.forget(at);
+            out.gone.insert(at, at + PAGE);
+        }
+        Ok(out)
+    }
+
+    /// The same, when only pages of `touched` can have changed since the last look: they are sent without being compared.
+    pub fn touched(&mut self, name: u32, file: &File, size: u64, touched: &PageSet) -> io::Result<Changed> {
+        let sent = self.sent.entry(name).or_default();
+        let owed = PageSet::from_ranges(sent.owed.iter().map(|at| (*at, at + PAGE)));
+        let mut out = Changed::default();
+        for &(start, end) in touched.union(&owed).ranges() {
+            let there = crate::dump::pages::data_pages(file.as_fd(), start, end.min(size))?;
+            there.iter().for_each(|at| out.dirty.insert(*at, at + PAGE));
+            for at in (start..end).step_by(PAGE as usize) {
+                if out.dirty.contains(at) {
+                    sent.owe(at);
+                } else if sent.forget(at) {
+                    out.gone.insert(at, at + PAGE);
+                }
             }
-            keep
-        });
+        }
         Ok(out)
     }
 }
@@ -126,5 +171,43 @@ mod tests {
         f.set_len(3 * 4096).unwrap();
         let more = c.changed(7, &f, 3 * 4096).unwrap();
         assert!(more.gone.is_empty() && more.dirty.pages() <= 2);
+    }
+
+    /// Against the comparison by content, its naive twin.
+    #[test]
+    fn what_is_said_to_be_touched_is_sent_and_nothing_else() {
+        let name = 7;
+        let page = |n: u64| (n * 4096, (n + 1) * 4096);
+        let fd = rustix::fs::memfd_create("object", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let f = File::from(fd);
+        f.set_len(8 * 4096).unwrap();
+        f.write_all_at(&[1; 6 * 4096], 0).unwrap();
+        let all: Vec<_> = (0..6).map(|p| (name, p * 4096, hash(&[1; 4096]))).collect();
+        let (mut c, mut twin) = (Contents::default(), Contents::default());
+        for c in [&mut c, &mut twin] {
+            assert_eq!(c.changed(name, &f, 8 * 4096).unwrap().dirty.pages(), 6);
+            c.sent(&all[..5]);
+        }
+        f.write_all_at(&[2; 4096], 4096).unwrap();
+        let punch = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        nix::fcntl::fallocate(&f, punch, 2 * 4096, 4096).unwrap();
+        let expected = twin.changed(name, &f, 8 * 4096).unwrap();
+        // Page 5 was never delivered.
+        assert_eq!(expected.dirty.ranges(), [page(1), page(5)]);
+        assert_eq!(expected.gone.ranges(), [page(2)]);
+        let touched = PageSet::from_ranges([page(1), page(2), page(7)]);
+        let found = c.touched(name, &f, 8 * 4096, &touched).unwrap();
+        assert_eq!(
+            (found.dirty.ranges(), found.gone.ranges()),
+            (expected.dirty.ranges(), expected.gone.ranges())
+        );
+        c.sent(&[(name, 4096, hash(&[2; 4096])), (name, 5 * 4096, [0; 16])]);
+        let rest = c.touched(name, &f, 8 * 4096, &PageSet::new()).unwrap();
+        assert_eq!(rest.dirty.ranges(), [page(5)]);
+        c.sent(&[(name, 5 * 4096, hash(&[1; 4096]))]);
+        assert!(c.touched(name, &f, 8 * 4096, &PageSet::new()).unwrap().dirty.is_empty());
+        assert!(c.changed(name, &f, 8 * 4096).unwrap().dirty.is_empty());
+        c.resend_all();
+        assert_eq!(c.touched(name, &f, 8 * 4096, &PageSet::new()).unwrap().dirty.pages(), 5);
     }
 }

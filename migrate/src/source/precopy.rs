@@ -212,7 +212,7 @@ impl Job<'_> {
     /// Sends a round; returns it with the bytes of memory in it.
     async fn round<L: Link>(&mut self, link: &mut L, tracked: &Shared, p: Prepared) -> Result<(Round, u64), Failure> {
         let number = self.rounds.len() as u32 + 1;
-        let stopped = p.stopped;
+        let (stopped, compared) = (p.stopped, p.compared);
         self.background.round(p.bytes());
         let sent = tokio::select! {
             r = transfer::round(link, number, p, self.terms(), self.events) => r,
@@ -222,6 +222,7 @@ impl Job<'_> {
             sent.map_err(|e: WireError| Failure::failed("pre-copy", self.pid, format!("{e}; the program runs on here")))?;
         self.fixed.shape(Duration::from_secs_f64(applied.shape_ms.clamp(0.0, 1e6) / 1000.0));
         round.stopped_ms = stopped.as_secs_f64() * 1000.0;
+        round.compared = compared;
         let mut t = self.tracks(tracked)?;
         t.sent(&fate.objects);
         t.missed(&fate.missed);

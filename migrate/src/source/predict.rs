@@ -234,6 +234,7 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
             bytes: (*bytes as f64 * ratio) as u64,
             ms: ms(*took),
             stopped_ms: 0.0,
+            compared: 0,
         })
         .collect();
     let last = f.sent.last().map_or(0, |s| s.0) as f64 * ratio / rate * 1000.0;

@@ -10,8 +10,10 @@
 //! tracked is sent whole at the freeze.
 
 use super::{
+    attach,
     freeze::{Last, Unseen},
-    objects::{Contents, Hash},
+    objects::Hash,
+    shared::{self, Shared},
 };
 use crate::{
     dump::{
@@ -21,17 +23,17 @@ use crate::{
         tree::Dumped,
     },
     image::{Host, ObjectKind, PAGE, Tree},
-    inject::{InjectError, Injector},
     laps::Laps,
     lazy,
     pages::PageSet,
-    procfs::{maps, status},
+    procfs::maps,
     restore::{rebuild::Names, shape},
-    sys::{mem::Mem, uffd},
+    sys::mem::Mem,
     tracer::Frozen,
-    track::{self, TrackError, Tracker, soft_dirty::SoftDirty, wp_async::WpAsync},
+    track::{self, TrackError, Tracker, shared::SharedMemory, soft_dirty::SoftDirty},
 };
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     fs::File,
     io,
@@ -50,6 +52,8 @@ const TRIES: u32 = 20;
 struct Space {
     name: u32,
     tracker: Option<Box<dyn Tracker>>,
+    /// Of its shared memory.
+    shared: Option<SharedMemory>,
     held: PageSet,
     owed: PageSet,
     /// What was dirty in the rounds before, newest first.
@@ -63,6 +67,7 @@ impl Space {
         Space {
             name,
             tracker: None,
+            shared: None,
             held: PageSet::new(),
             owed: PageSet::new(),
             recent: Vec::new(),
@@ -76,11 +81,20 @@ impl Space {
         self.owed.extend(&self.held.clip(start, end));
     }
 
-    /// Mappings to be tracked, of a stopped process: those seen untracked twice, by their present borders.
-    fn adoptable(&mut self, pid: i32) -> io::Result<Vec<(u64, u64)>> {
+    /// Tracks more mappings of a stopped process: those seen untracked twice, by their present borders.
+    fn adopt(&mut self, pid: i32, tracker: &mut dyn Tracker) -> io::Result<()> {
         let old = PageSet::from_ranges(std::mem::take(&mut self.young));
         let now = maps::maps(pid)?;
-        Ok(trackable(&now).filter(|m| old.overlaps(m.0, m.1)).collect())
+        let seen = |m: &(u64, u64)| old.overlaps(m.0, m.1);
+        tracker.adopt(&attach::private(&now).filter(seen).collect::<Vec<_>>());
+        if let Some(shared) = &mut self.shared {
+            shared.adopt(&attach::shared(&now).filter(seen).collect::<Vec<_>>());
+        }
+        Ok(())
+    }
+
+    fn known(&self, v: &crate::image::Vma) -> Cow<'_, PageSet> {
+        known(&self.held, &self.owed, v)
     }
 
     /// A range is new or gone: nothing that is known of it counts.
@@ -88,6 +102,17 @@ impl Space {
         drops.extend(self.held.clip(start, end).ranges().iter().map(|r| (self.name, r.0, r.1)));
         self.held.remove(start, end);
         self.owed.remove(start, end);
+    }
+}
+
+/// Pages of a mapping that have to be missed when they vanish: those held, and those owed that were never delivered. Over a file such a page would else
+/// be read for the file's.
+fn known<'a>(held: &'a PageSet, owed: &PageSet, v: &crate::image::Vma) -> Cow<'a, PageSet> {
+    let owed = owed.clip(v.start, v.end);
+    if owed.is_empty() {
+        Cow::Borrowed(held)
+    } else {
+        Cow::Owned(held.clip(v.start, v.end).union(&owed))
     }
 }
 
@@ -116,6 +141,8 @@ pub struct Prepared {
     pub read: Duration,
     /// How long the scan inside the freeze is going to take.
     pub last_scan: Duration,
+    /// Bytes of shared memory that were compared by content.
+    pub compared: u64,
     /// Processes that cannot be tracked, with the reason.
     pub untracked: Vec<String>,
 }
@@ -134,6 +161,7 @@ impl Prepared {
             stopped: Duration::ZERO,
             read: Duration::ZERO,
             last_scan: Duration::ZERO,
+            compared: 0,
             untracked: Vec::new(),
         }
     }
@@ -162,8 +190,8 @@ pub struct Tracks {
     spaces: HashMap<(i32, u64), Space>,
     /// Names of objects, by device, inode and kind: of a running tree both may be read of different mappings at one address.
     objects: HashMap<(u64, u64, ObjectKind), u32>,
-    /// What was sent of each object.
-    contents: Contents,
+    /// What was sent of each object, and what is known of who writes it.
+    shared: Shared,
     next_space: u32,
     next_object: u32,
     /// What the destination was told last.
@@ -204,7 +232,7 @@ impl Rounds {
             tracks: Tracks {
                 spaces: HashMap::new(),
                 objects: HashMap::new(),
-                contents: Contents::default(),
+                shared: Shared::default(),
                 next_space: 0,
                 next_object: OBJECT_SPACE,
                 told: None,
@@ -224,7 +252,7 @@ impl Rounds {
     /// The round that the last look prepared was sent, with these pages of objects.
     pub fn sent(&mut self, objects: &[(u32, u64, Hash)]) {
         self.tracks.drops.clear();
-        self.tracks.contents.sent(objects);
+        self.tracks.shared.contents().sent(objects);
     }
 
     /// For a prediction: takes a round for sent without sending it.
@@ -292,7 +320,7 @@ impl Rounds {
         for (name, start, end) in pages {
             if *name >= OBJECT_SPACE {
                 let unknown: Vec<_> = (*start..*end).step_by(PAGE as usize).map(|at| (*name, at, [0; 16])).collect();
-                self.tracks.contents.sent(&unknown);
+                self.tracks.shared.contents().sent(&unknown);
                 continue;
             }
             if let Some(s) = self.tracks.spaces.values_mut().find(|s| s.name == *name) {
@@ -312,6 +340,7 @@ impl Rounds {
             frozen = Some(Frozen::freeze(self.root, Duration::from_secs(5)).map_err(io::Error::other)?);
         }
         self.cache.stopped = stops;
+        self.tracks.shared.begin();
         let began = Instant::now();
         let d = self.outline();
         self.cache.stopped = false;
@@ -374,12 +403,21 @@ impl Rounds {
     fn attach(&mut self, d: &Dumped) -> Vec<String> {
         let mut untracked = Vec::new();
         let mut wanted: Vec<i32> = Vec::new();
+        let mut inherited = HashSet::new();
+        let mut new = Vec::new();
         for ((p, pid), started) in d.tree.processes.iter().zip(&d.pids).zip(&d.started) {
             let known = self.tracks.spaces.get(&(*pid, *started)).and_then(|s| s.tracker.as_ref());
             if p.zombie.is_none() && known.is_none_or(|t| !t.alive()) {
                 wanted.push(*pid);
+                if d.tree.mms[p.mm as usize].vmas.iter().any(|v| shared::tracked(&d.tree, v)) {
+                    inherited.insert(*pid);
+                }
             }
         }
+        if !self.tracks.shared.adopt_children(inherited.len()) {
+            wanted.retain(|pid| !inherited.contains(pid));
+        }
+        let listener = self.tracks.shared.listen(&d.tree);
         // All of the tree at once in the first round, later each newcomer by itself.
         let together = wanted.len() == d.pids.len();
         let groups: Vec<Vec<i32>> = if together {
@@ -391,11 +429,12 @@ impl Rounds {
             match Frozen::freeze(group[0], Duration::from_secs(5)) {
                 Ok(mut f) => {
                     for pid in group {
-                        match userfault(&mut f, pid) {
+                        match attach::track(&mut f, pid) {
                             Ok(t) => {
                                 if let Some(i) = d.pids.iter().position(|p| *p == pid) {
                                     let s = self.tracks.renew(pid, d.started[i]);
                                     s.tracker = Some(Box::new(t));
+                                    new.push((pid, d.started[i]));
                                 }
                             }
                             Err(e) => untracked.push(format!("process {pid} cannot be tracked: {e}")),
@@ -404,6 +443,13 @@ impl Rounds {
                 }
                 // Ended meanwhile, most likely.
                 Err(e) => tracing::debug!(pid = group[0], error = %e, "not tracked"),
+            }
+        }
+        for (key, listener) in new.iter().zip(listener.iter().cycle()) {
+            match attach::track_shared(key.0, listener) {
+                Ok(t) => drop(self.tracks.spaces.get_mut(key).map(|s| s.shared = t)),
+                // Without root, for example: it is compared by content then.
+                Err(e) => tracing::debug!(pid = key.0, error = %e, "its shared memory is not tracked"),
             }
         }
         untracked
@@ -440,7 +486,7 @@ impl Rounds {
             let mut young = HashSet::new();
             for v in d.tree.mms[p.mm as usize].vmas.iter().filter(|v| track::has_private_pages(v)) {
                 private.insert(v.start, v.end);
-                match tracker.scan(v, &s.held, false) {
+                match tracker.scan(v, &s.known(v), false) {
                     Ok(scan) => {
                         if scan.fresh {
                             s.void(v.start, v.end, &mut t.drops);
@@ -463,6 +509,23 @@ impl Rounds {
                     Err(TrackError::Io(e)) => return Err(e),
                 }
             }
+            if t.shared.given_up() {
+                s.shared = None;
+            }
+            let shared = d.tree.mms[p.mm as usize].vmas.iter().filter(|v| shared::tracked(&d.tree, v));
+            if let Some(tracker) = s.shared.as_mut().filter(|_| !gone) {
+                for v in shared {
+                    match tracker.scan(v, false) {
+                        Ok(written) => t.shared.saw(s.name, v.start, written),
+                        // Its object is compared by content then.
+                        Err(e) => {
+                            tracing::debug!(pid, error = %e, "shared memory at {:x} is not tracked", v.start);
+                            adopt |= s.young.contains(&(v.start, v.end));
+                            young.insert((v.start, v.end));
+                        }
+                    }
+                }
+            }
             if gone {
                 // It has ended or runs another program. The dead tracker stays, by which the next look, or the last, gives the address space
                 // another name.
@@ -474,7 +537,7 @@ impl Rounds {
             if adopt {
                 match Frozen::freeze(*pid, Duration::from_secs(5)) {
                     Ok(f) => {
-                        tracker.adopt(&s.adoptable(*pid)?);
+                        s.adopt(*pid, tracker.as_mut())?;
                         out.stopped += f.since.elapsed();
                     }
                     // Ended meanwhile, most likely.
@@ -536,6 +599,11 @@ fn mapped_objects(tree: &Tree) -> HashSet<u32> {
         _ => None,
     })
     .collect()
+}
+
+/// What reads each object.
+fn files(d: &Dumped) -> io::Result<Vec<File>> {
+    d.object_fds.iter().map(|fd| Ok(File::from(fd.try_clone()?))).collect()
 }
 
 /// The ranges of a set, cut at mapping borders: the other side writes mapping by mapping.
@@ -600,10 +668,18 @@ impl Tracks {
     /// Forgets what is no more.
     fn forget(&mut self, d: &Dumped) {
         let live: HashSet<(i32, u64)> = d.pids.iter().copied().zip(d.started.iter().copied()).collect();
-        self.spaces.retain(|k, _| live.contains(k));
+        let shared = &mut self.shared;
+        // One that is there and was not found may write to shared memory.
+        self.spaces.retain(|k, s| {
+            let hidden = !live.contains(k) && s.tracker.as_ref().is_some_and(|t| t.alive());
+            if hidden {
+                shared.incomplete();
+            }
+            hidden || live.contains(k)
+        });
         let keys = d.object_keys.iter().zip(&d.tree.objects);
         let objects: HashSet<(u64, u64, ObjectKind)> = keys.map(|(k, o)| (k.0, k.1, o.kind.clone())).collect();
-        let contents = &mut self.contents;
+        let contents = self.shared.contents();
         self.objects.retain(|k, name| {
             let keep = objects.contains(k);
             if !keep {
@@ -627,23 +703,29 @@ impl Tracks {
             }
         }
         if losses.all {
-            self.contents.resend_all();
+            self.shared.contents().resend_all();
         }
     }
 
-    /// Shared memory of a running tree, by content.
+    /// Shared memory of a running tree.
     fn objects(&mut self, d: &Dumped, out: &mut Prepared) -> io::Result<()> {
-        for ((o, fd), name) in d.tree.objects.iter().zip(&d.object_fds).zip(&out.names.objects) {
-            let file = File::from(fd.try_clone()?);
-            let changed = self.contents.changed(*name, &file, o.size)?;
-            self.drops.extend(changed.gone.ranges().iter().map(|r| (*name, r.0, r.1)));
+        let began = Instant::now();
+        let files = files(d)?;
+        let (changes, compared) = self.shared.changed(&d.tree, &out.names, &files)?;
+        out.compared = compared;
+        if compared > 0 {
+            // So it will be in the freeze, unless something changes.
+            out.last_scan += began.elapsed();
+        }
+        for ((name, changed), file) in changes.into_iter().zip(files) {
+            self.drops.extend(changed.gone.ranges().iter().map(|r| (name, r.0, r.1)));
             if changed.dirty.is_empty() {
                 continue;
             }
             out.dirty += changed.dirty.bytes();
             out.dirtied += changed.dirty.bytes();
             let plan = SpacePlan {
-                space: *name,
+                space: name,
                 ranges: changed.dirty.ranges().to_vec(),
             };
             out.plans.push((plan, Reader::Object(file)));
@@ -654,7 +736,9 @@ impl Tracks {
 
     /// The last look, at the frozen tree.
     pub fn last(&mut self, d: &Dumped) -> io::Result<Last> {
+        self.shared.begin();
         let names = self.name(d);
+        self.forget(d);
         self.account(&d.tree, &names);
         let mut out = Last {
             names: names.clone(),
@@ -670,6 +754,13 @@ impl Tracks {
             let (whole, all_guards) = match self.spaces.get_mut(&(*pid, *started)) {
                 Some(s) if s.tracker.is_some() => {
                     let (whole, guards) = s.last(&mm.vmas, &mut out.drops)?;
+                    if let Some(tracker) = s.shared.as_mut() {
+                        for v in mm.vmas.iter().filter(|v| shared::tracked(&d.tree, v)) {
+                            if let Ok(written) = tracker.scan(v, true) {
+                                self.shared.saw(s.name, v.start, written);
+                            }
+                        }
+                    }
                     out.held.push((s.name, s.held.intersection(&whole)));
                     (whole, guards)
                 }
@@ -699,11 +790,12 @@ impl Tracks {
             out.guards[p.mm as usize] = Last::ranges(&all_guards);
             out.plans.push(plan(names.spaces[p.mm as usize], &whole, &mm.vmas));
         }
-        for ((o, fd), name) in d.tree.objects.iter().zip(&d.object_fds).zip(&names.objects) {
-            let changed = self.contents.changed(*name, &File::from(fd.try_clone()?), o.size)?;
-            out.drops.extend(changed.gone.ranges().iter().map(|r| (*name, r.0, r.1)));
+        let (changes, compared) = self.shared.changed(&d.tree, &names, &files(d)?)?;
+        out.compared = compared;
+        for (name, changed) in changes {
+            out.drops.extend(changed.gone.ranges().iter().map(|r| (name, r.0, r.1)));
             out.plans.push(SpacePlan {
-                space: *name,
+                space: name,
                 ranges: changed.dirty.ranges().to_vec(),
             });
         }
@@ -720,7 +812,8 @@ impl Space {
         let (mut send, mut guards, mut private) = (PageSet::new(), PageSet::new(), PageSet::new());
         for v in vmas.iter().filter(|v| track::has_private_pages(v)) {
             private.insert(v.start, v.end);
-            let scan = tracker.scan(v, &self.held, true).map_err(io::Error::other)?;
+            let known = known(&self.held, &self.owed, v);
+            let scan = tracker.scan(v, &known, true).map_err(io::Error::other)?;
             let stale = if scan.fresh {
                 self.owed.remove(v.start, v.end);
                 self.held.clip(v.start, v.end).difference(&scan.dirty)
@@ -740,120 +833,62 @@ impl Space {
     }
 }
 
-/// Mappings with pages of their own: private, and not the kernel's. An injector's table is shared.
-fn trackable(maps: &[maps::Mapping]) -> impl Iterator<Item = (u64, u64)> {
-    maps.iter()
-        .filter(|m| !m.shared && !m.name.starts_with(b"[v"))
-        .map(|m| (m.start, m.end))
-}
-
-/// Has a stopped process make a userfaultfd, takes it, and has the process close it.
-///
-/// A signal may end a batch before or after its call was made, and has to be delivered before the next: it is kept what was done already. The stub is
-/// only left on the way out: a handler's frame must not lead into code that the next batch overwrites.
-fn userfault(f: &mut Frozen, pid: i32) -> io::Result<WpAsync> {
-    let mut made: Option<i32> = None;
-    let mut tracker = None;
-    for _ in 0..100 {
-        let i = f
-            .procs
-            .iter()
-            .position(|p| p.pid == pid && !p.is_zombie() && p.tasks[0].tid == pid)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has ended"))?;
-        let signal = match step(&f.procs[i], &mut made, &mut tracker) {
-            Ok(inj) => {
-                inj.leave(&mut f.procs[i].tasks[0]).map_err(io::Error::other)?;
-                return tracker.ok_or_else(|| io::Error::other("userfaultfd(2) gave nothing"))?;
-            }
-            Err(InjectError::Signal { tid, signal }) => (tid, signal),
-            Err(e) => return Err(io::Error::other(e)),
-        };
-        f.deliver(signal.0, signal.1)?;
-    }
-    Err(io::Error::other("signals kept coming"))
-}
-
-/// The number that the next descriptor of a stopped process will have.
-fn lowest_free(pid: i32) -> io::Result<i32> {
-    let mut open: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/fd"))?
-        .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
-        .collect();
-    open.sort_unstable();
-    Ok(open.iter().zip(0..).take_while(|(fd, k)| **fd == *k).count() as i32)
-}
-
-/// As much as can be done before a signal comes.
-fn step(p: &crate::tracer::Proc, made: &mut Option<i32>, tracker: &mut Option<io::Result<WpAsync>>) -> Result<Injector, InjectError> {
-    use crate::arch::pilot::Record;
-    let pid = p.pid;
-    let io = |what| move |source| InjectError::Io { pid, what, source };
-    if crate::vacate::left_inside(p).is_some() {
-        // Perhaps still on its way out of an earlier batch, whose code this one would overwrite.
-        let reason = "a thread is in the middle of the vdso".into();
-        return Err(InjectError::Unfit { pid, reason });
-    }
-    let inner = p
-        .tasks
-        .iter()
-        .map(|t| status::read_task(pid, t.tid).map(|s| s.inner_pid()))
-        .collect::<io::Result<Vec<_>>>()
-        .map_err(io("read /proc/PID/status"))?;
-    let now = maps::maps(pid).map_err(io("read /proc/PID/maps"))?;
-    let inj = Injector::attach(p, &now, &inner)?;
-    let run = |record: Record| -> Result<(), InjectError> {
-        let mut batches = vec![Vec::new(); p.tasks.len()];
-        batches[0] = vec![record];
-        inj.run(&p.tasks, &batches).map(drop)
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        image::{Backing, FileId, Vma},
+        track::Scan,
     };
-    let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
-    let make = Record::new(libc::SYS_userfaultfd, &[flags]);
-    let take = |fd: i32| {
-        WpAsync::new(pid, fd).map(|mut t| {
-            t.adopt(&trackable(&now).collect::<Vec<_>>());
-            t
-        })
-    };
-    if made.is_none()
-        && let Some(pause) = inj.pause(0)
-        && let Ok(next) = lowest_free(pid)
-    {
-        // Made, taken by this agent while it pauses, and closed, in one batch: if the agent dies in the middle the program closes it all the same. All
-        // of its tasks are stopped, so its number is known before it is made.
-        let mut batches = vec![Vec::new(); p.tasks.len()];
-        batches[0] = vec![make, pause, Record::new(libc::SYS_close, &[next as u64])];
-        let mut taken = None;
-        let mut at_pause = || {
-            if let Some(fd) = inj.returned(0, 0).filter(|fd| *fd >= 0) {
-                taken = Some(take(fd as i32));
-            }
+
+    /// Finds no private page at all: what it is told of is gone.
+    #[derive(Debug)]
+    struct Nothing;
+
+    impl Tracker for Nothing {
+        fn scan(&mut self, vma: &Vma, held: &PageSet, _last: bool) -> Result<Scan, TrackError> {
+            let gone = held.clip(vma.start, vma.end);
+            Ok(Scan { gone, ..Scan::default() })
+        }
+        fn arm(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+        fn stops(&self) -> bool {
+            false
+        }
+        fn alive(&self) -> bool {
+            true
+        }
+    }
+
+    /// A round that planned a page is not sent, and the program gives the page back to the file: read then, it would be the file's.
+    #[test]
+    fn a_page_that_no_round_delivered_and_that_has_vanished_is_not_sent() {
+        let file = FileId {
+            path: b"/lib".to_vec(),
+            ..FileId::default()
         };
-        let ran = inj.run_with(&p.tasks, &batches, Some(&mut at_pause)).map(drop);
-        *made = inj.returned(0, 0).map(|r| r as i32);
-        if taken.is_some() {
-            *tracker = taken;
-        }
-        if inj.returned(0, 2) == Some(0) && *made == Some(next) {
-            *made = Some(-libc::EBADF);
-        }
-        ran?;
-    } else if made.is_none() {
-        let ran = run(make);
-        *made = inj.returned(0, 0).map(|r| r as i32);
-        ran?;
+        let backing = Backing::File {
+            file,
+            offset: 0,
+            writable: true,
+        };
+        let vma = Vma {
+            start: 0x10000,
+            end: 0x20000,
+            backing,
+            prot: 3,
+            shared: false,
+            flags: crate::image::VmaFlags::default(),
+            name: None,
+            pkey: 0,
+        };
+        let mut s = Space::new(0);
+        s.tracker = Some(Box::new(Nothing));
+        s.owed.insert(0x12000, 0x13000);
+        let mut drops = Vec::new();
+        let (send, _) = s.last(&[vma], &mut drops).unwrap();
+        assert!(send.is_empty(), "{send:?}");
+        assert!(s.owed.is_empty());
     }
-    let Some(fd) = *made else { return Ok(inj) };
-    if fd < 0 {
-        tracker.get_or_insert_with(|| Err(io::Error::from_raw_os_error(-fd)));
-        return Ok(inj);
-    }
-    if tracker.is_none() {
-        *tracker = Some(take(fd));
-    }
-    let ran = run(Record::new(libc::SYS_close, &[fd as u64]));
-    if inj.returned(0, 0).is_some() {
-        // Closed: whatever comes now, this is not done twice.
-        *made = Some(-libc::EBADF);
-    }
-    ran?;
-    Ok(inj)
 }

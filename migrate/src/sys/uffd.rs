@@ -76,8 +76,12 @@ const UFFDIO_REGISTER: u64 = 3 << 30 | 32 << 16 | 0xaa << 8;
 const MODE_MISSING: u64 = 1;
 const MODE_WP: u64 = 2;
 
+/// UFFD_FEATURE_EVENT_FORK.
+const EVENT_FORK: u64 = 1 << 1;
+/// UFFD_FEATURE_EVENT_REMOVE.
+const EVENT_REMOVE: u64 = 1 << 3;
 /// What a copy's userfaultfd needs: every event that moves memory about, and missing pages of shared memory.
-const EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6;
+const EVENTS: u64 = EVENT_FORK | 1 << 2 | EVENT_REMOVE | 1 << 5 | 1 << 6;
 
 /// [`EVENTS`], and asynchronous write protection where there is any: it does nothing to what is not registered for it.
 fn missing_features() -> u64 {
@@ -197,6 +201,16 @@ impl Userfault {
     /// Takes the descriptor numbered `fd` in process `pid` and agrees on asynchronous write protection.
     pub fn take(pid: i32, fd: i32) -> io::Result<Userfault> {
         Self::take_with(pid, fd, WP_ASYNC | WP_SHMEM)
+    }
+
+    /// The same, and agrees on telling of forks and of ranges that madvise(2) drops: each waits until it was read. EPERM without CAP_SYS_PTRACE.
+    pub fn take_with_events(pid: i32, fd: i32) -> io::Result<Userfault> {
+        Self::take_with(pid, fd, WP_ASYNC | WP_SHMEM | EVENT_FORK | EVENT_REMOVE)
+    }
+
+    /// Another descriptor of the same userfaultfd.
+    pub fn try_clone(&self) -> io::Result<Userfault> {
+        Ok(Userfault { fd: self.fd.try_clone()? })
     }
 
     /// Takes the descriptor numbered `fd` in process `pid` and agrees on filling its missing pages, and on telling which of them are written then, where

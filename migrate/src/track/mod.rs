@@ -11,9 +11,11 @@
 //! | a new mapping shows as | not registered (EPERM) | all of it dirty |
 //! | dropped anonymous pages show as | not armed | absent; once read, as a shared zero page |
 //!
-//! Neither sees writes through another address space, by write(2) on a descriptor, or holes punched into shared memory. Those objects are
-//! compared by content instead: [`crate::source::objects`].
+//! Neither sees writes through an address space that is not tracked, by write(2) on a descriptor, or holes punched into shared memory. Where such may happen
+//! shared memory is compared by content instead: [`crate::source::shared`]; else [`shared`] tracks it.
 
+pub mod listener;
+pub mod shared;
 pub mod soft_dirty;
 pub mod wp_async;
 

@@ -208,7 +208,8 @@ fn blocks(held: &PageSet, vma: &Vma) -> PageSet {
     out
 }
 
-fn changed(e: io::Error) -> TrackError {
+/// What an error of a look means.
+pub(super) fn changed(e: io::Error) -> TrackError {
     match e.raw_os_error() {
         Some(libc::ESRCH) => TrackError::Gone,
         // Unmapped, replaced or split between the list of mappings and now.

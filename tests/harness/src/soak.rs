@@ -38,6 +38,8 @@ pub fn soak(
     let mut downtime = 0.0_f64;
     // By the oracle across the drain; the one at the freeze compares all the others.
     let mut compared = 0;
+    // Bytes of shared memory that were compared by content: in first rounds, which is all of it, and in freezes.
+    let (mut shared, mut slow) = (0, 0);
     for migration in 1..=migrations {
         let before = guest.pulse().operations;
         let moved = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| moves(&guest)));
@@ -46,6 +48,11 @@ pub fn soak(
             std::panic::resume_unwind(failed)
         });
         downtime = downtime.max(moved.number("downtime_ms"));
+        let rounds: Vec<u64> = moved.report["rounds"]
+            .as_array()
+            .map_or_else(Vec::new, |r| r.iter().map(|r| r["compared"].as_u64().unwrap_or(0)).collect());
+        shared += rounds.first().unwrap_or(&0);
+        slow += rounds.last().unwrap_or(&0);
         compared += moved.report["drain"]["compared"].as_u64().unwrap_or(0);
         // Some operations between any two migrations, beside those that go on during one.
         // A workload with a rate may hurry while nobody moves it.
@@ -72,8 +79,10 @@ pub fn soak(
     }
     let operations = guest.pulse().operations;
     println!(
-        "{} {migrations} migrations, {operations} operations, 0 differences, {compared} pages compared after a drain, longest downtime {downtime:.1} ms, {:.0} s",
+        "{} {migrations} migrations, {operations} operations, 0 differences, {compared} pages compared after a drain, {} of {} MiB of shared memory compared in freezes, longest downtime {downtime:.1} ms, {:.0} s",
         how.join(" "),
+        slow >> 20,
+        shared >> 20,
         since.elapsed().as_secs_f64()
     );
     assert!(

@@ -647,17 +647,18 @@ fn descend(levels: u64, seed: u64, pause: bool) -> u64 {
 /// Mapped where something is going to move.
 const PLACE: &str = "/proc/self/exe";
 
-/// Where the mapping of [`PLACE`] begins, over whose first pages something may have been moved; the range's end if nothing of it is left.
+/// Up to where something was moved over the mapping of [`PLACE`] that began here: older kernels unmap the place before they refuse.
 fn moved_until(start: usize, end: usize) -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let name = std::fs::read_link(PLACE).unwrap_or_default();
-    let left = maps
-        .lines()
-        .filter(|line| line.ends_with(&*name.to_string_lossy()))
-        .filter_map(|line| {
-            let (from, to) = line.split_ascii_whitespace().next()?.split_once('-')?;
-            let (from, to) = (usize::from_str_radix(from, 16).ok()?, usize::from_str_radix(to, 16).ok()?);
-            (from < end && to > start).then_some(from.max(start))
-        });
-    left.min().unwrap_or(end)
+    let mut at = start;
+    for line in maps.lines().filter(|line| !line.ends_with(&*name.to_string_lossy())) {
+        let range = line.split_ascii_whitespace().next().and_then(|r| r.split_once('-'));
+        let number = |n: &str| usize::from_str_radix(n, 16).unwrap_or(0);
+        match range.map(|(from, to)| (number(from), number(to))) {
+            Some((from, to)) if from <= at && at < to => at = to,
+            _ => {}
+        }
+    }
+    at.min(end)
 }

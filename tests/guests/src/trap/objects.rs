@@ -1,6 +1,6 @@
 //! Memory with something behind it: a file, or an object that several mappings, descriptors and processes share.
 
-use super::{BOTH, Call, PRIVATE, Patch, SHARED, Trap, below, map_at, unmap};
+use super::{BOTH, Call, PRIVATE, Patch, READ, SHARED, Trap, below, map_at, unmap};
 use crate::{
     kit::{Kit, Numbers, sys, sys0},
     memory::PAGE,
@@ -19,6 +19,7 @@ pub fn kind(name: &str, kit: &mut Kit) -> Option<io::Result<Trap>> {
         "punched" => punched(kit),
         "written-by-descriptor" => written(kit, true),
         "only-a-descriptor" => written(kit, false),
+        "written-by-workers" => written_by_workers(),
         "written-by-a-child" => written_by_another(kit, false),
         "written-from-outside" => written_by_another(kit, true),
         "other-backing" => other_backing(kit),
@@ -71,6 +72,10 @@ fn punched(kit: &mut Kit) -> io::Result<Trap> {
             let (first, n) = (below(&mut numbers, 48), 1 + below(&mut numbers, 16));
             anonymous.advise(first, n, libc::MADV_REMOVE)?;
             anonymous.pages[first..first + n].fill(Page::Zero);
+            // What a process drops from its page tables is still there for all.
+            let page = below(&mut numbers, 64);
+            anonymous.write(page);
+            anonymous.advise(page, 1, libc::MADV_DONTNEED)?;
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             sys!(fallocate(fd, mode, (first * PAGE) as i64, (n * PAGE) as i64))?;
             object.pages[first..first + n].fill(Page::Zero);
@@ -162,6 +167,77 @@ fn written_by_another(kit: &mut Kit, outside: bool) -> io::Result<Trap> {
             let mut status = 0;
             let ended = sys!(waitpid(child, &mut status, libc::WNOHANG))?;
             kit.check(ended == 0, format!("the child that writes ended with status {status:#x}"));
+        }
+        Ok(())
+    }))
+}
+
+/// Shared anonymous memory that two workers write to all the time, each its own; a child that lives for one write now and then, with a child of its own
+/// that outlives it; and this process, which takes rights away now and then.
+fn written_by_workers() -> io::Result<Trap> {
+    const PAGES: usize = 256;
+    let lanes = [Lane::new(1, PAGES, SHARED, -1)?, Lane::new(2, PAGES, SHARED, -1)?];
+    let visitors = Lane::new(3, PAGES, SHARED, -1)?;
+    let mut own = Patch::filled(PAGES, SHARED)?;
+    let me = sys0!(getpid());
+    let mut workers = Vec::new();
+    for (number, lane) in lanes.into_iter().enumerate() {
+        let child = sys!(fork())?;
+        if child == 0 {
+            let mut seed = number as u64;
+            while sys0!(getppid()) == me {
+                seed += 2;
+                if lane.work(seed, 20, 256, || true).is_err() {
+                    sys0!(_exit(1));
+                }
+            }
+            sys0!(_exit(0));
+        }
+        workers.push(child);
+    }
+    let mut numbers = Numbers::new(36);
+    let (mut turn, mut guest) = (0_u64, 0);
+    Ok(Box::new(move |kit, call| {
+        if call == Call::Step {
+            turn += 1;
+            let (first, n) = (below(&mut numbers, PAGES - 32), 1 + below(&mut numbers, 32));
+            own.write(below(&mut numbers, PAGES));
+            if turn % 32 == 0 {
+                own.protect(first, n, [READ, BOTH][turn as usize / 32 % 2])?;
+                own.check(kit, "shared memory without the right to write", first);
+                own.protect(first, n, BOTH)?;
+            }
+            if guest > 0 && sys!(waitpid(guest, std::ptr::null_mut(), libc::WNOHANG))? == guest {
+                guest = 0;
+            }
+            // Some time with forks between any two looks, then some time without.
+            if turn / 64 % 2 == 0 && turn % 8 == 0 && guest == 0 {
+                let page = below(&mut numbers, PAGES);
+                guest = sys!(fork())?;
+                if guest == 0 {
+                    visitors.write(page);
+                    // Whether its own child comes to its write before or after it ends.
+                    let last = sys0!(fork());
+                    if last != 0 {
+                        sys0!(_exit(0));
+                    }
+                    visitors.write((page + 1) % PAGES);
+                    sys0!(_exit(0));
+                }
+            }
+        }
+        for lane in lanes.iter().chain([&visitors]) {
+            let wrong = match call {
+                Call::Verify => lane.check_all(),
+                Call::Step => lane.check(below(&mut numbers, PAGES)).err().into_iter().collect(),
+            };
+            wrong.into_iter().for_each(|w| kit.differs(w));
+        }
+        own.look(kit, "shared memory beside workers", call, &mut numbers);
+        for child in &workers {
+            let mut status = 0;
+            let ended = sys!(waitpid(*child, &mut status, libc::WNOHANG))?;
+            kit.check(ended == 0, format!("a worker ended with status {status:#x}"));
         }
         Ok(())
     }))

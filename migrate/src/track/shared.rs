@@ -1,0 +1,83 @@
+//! Shared memory that one process maps, by userfaultfd with asynchronous write protection: what this process may have written.
+//!
+//! All of a mapping is armed, holes too (by markers in the page tables, 2 MiB for a GiB). A page that was written and then taken out of the page tables
+//! again, by MADV_DONTNEED or by the kernel to swap it out, is neither there nor armed, and so shows. That is why holes have to be armed: those
+//! that never were could not be told from it.
+//!
+//! The userfaultfd is another than the one for private memory: it tells of forks and of madvise(2), for which calls wait ([`super::listener`]).
+
+use super::{TrackError, listener::Listener};
+use crate::{
+    image::{PAGE, Vma},
+    pages::PageSet,
+    sys::{pagemap::Pagemap, uffd::Userfault},
+};
+use std::io;
+
+/// Tracks the shared mappings of one process.
+#[derive(Debug)]
+pub struct SharedMemory {
+    pagemap: Pagemap,
+    uffd: Userfault,
+    /// Registered, and not armed yet.
+    void: PageSet,
+}
+
+/// Armed pages between two others that are looked at along with them: about what one more call costs.
+const NEAR: u64 = 16 * PAGE;
+
+impl SharedMemory {
+    /// `fd`: the number that userfaultfd(2) returned inside process `pid`. The caller closes it there.
+    pub fn new(pid: i32, fd: i32, listener: &Listener) -> io::Result<SharedMemory> {
+        let uffd = Userfault::take_with_events(pid, fd)?;
+        listener.watch(&uffd)?;
+        Ok(SharedMemory {
+            pagemap: Pagemap::open(pid)?,
+            uffd,
+            void: PageSet::new(),
+        })
+    }
+
+    /// Tracks these mappings from the next look on.
+    pub fn adopt(&mut self, mappings: &[(u64, u64)]) {
+        for &(start, end) in mappings {
+            match self.uffd.register(start, end) {
+                Ok(()) => self.void.insert(start, end),
+                Err(e) => tracing::debug!(error = %e, "shared mapping {start:x}-{end:x} cannot be tracked"),
+            }
+        }
+    }
+
+    /// Looks at one mapping: pages that may have been written since the last look. None: it cannot say yet, but it is tracked from now on. `last`:
+    /// everything is stopped, and nothing is armed.
+    pub fn scan(&mut self, vma: &Vma, last: bool) -> Result<Option<PageSet>, TrackError> {
+        let mut open = Vec::new();
+        let looked = if last {
+            self.pagemap.unarmed(vma.start, vma.end, &mut open)
+        } else {
+            self.arm(vma, &mut open)
+        };
+        if let Err(e) = looked {
+            self.void.insert(vma.start, vma.end);
+            return Err(super::wp_async::changed(e));
+        }
+        if self.void.overlaps(vma.start, vma.end) {
+            if !last {
+                self.void.remove(vma.start, vma.end);
+            }
+            return Ok(None);
+        }
+        Ok(Some(PageSet::from_ranges(open)))
+    }
+
+    /// Looked for without arming first, which is several times as fast where little was written.
+    fn arm(&self, vma: &Vma, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
+        let mut open = Vec::new();
+        self.pagemap.unarmed(vma.start, vma.end, &mut open)?;
+        let near = open.chunk_by(|l, r| r.0 - l.1 <= NEAR);
+        for (a, b) in near.filter_map(|g| Some((g.first()?.0, g.last()?.1))) {
+            self.pagemap.take_unarmed(a, b, out)?;
+        }
+        Ok(())
+    }
+}
