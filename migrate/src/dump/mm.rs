@@ -371,13 +371,21 @@ fn open(link: &str, meta: &rustix::fs::Stat) -> io::Result<(OwnedFd, rustix::fs:
         .into();
     let now = rustix::fs::fstat(&fd)?;
     if (now.st_dev, now.st_ino) != (meta.st_dev, meta.st_ino) {
-        return Err(io::Error::new(io::ErrorKind::NotFound, format!("{link} is another file by now")));
+        return Err(another(link));
     }
     Ok((fd, now))
 }
 
+/// The process runs, and has mapped something else there since its list of mappings was read.
+fn another(link: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("{link} is another file by now"))
+}
+
 fn shared_object(link: &str, m: &Mapping, objects: &mut ObjectTable) -> Result<u32, Reason> {
     let meta = stat(link)?;
+    if meta.st_ino != m.ino {
+        return Err(another(link).into());
+    }
     Ok(objects.get_or_insert(meta.st_dev, meta.st_ino, || {
         let (fd, meta) = open(link, &meta)?;
         let (kind, seals) = match m.name.strip_prefix(b"/memfd:") {
