@@ -74,6 +74,11 @@ impl Audit {
         self.expected.insert(name, Expected { followed, hashes });
     }
 
+    /// It has ended.
+    pub fn forget(&mut self, space: usize) {
+        self.watched.remove(&space);
+    }
+
     /// Whether pages are to be put in place write-protected.
     pub fn on(&self) -> bool {
         !self.watched.is_empty()

@@ -292,8 +292,10 @@ impl Keeper {
                 Message::Fault { address } => self.fault(space, address),
                 Message::Fork(fd) => {
                     let child = self.table.fork(space);
-                    debug_assert_eq!(child, self.fds.len());
-                    self.fds.push(Some(fd));
+                    match self.fds.get_mut(child) {
+                        Some(free) => *free = Some(fd),
+                        None => self.fds.push(Some(fd)),
+                    }
                     self.born += 1;
                     if self.born == LITTER {
                         self.bury();
@@ -357,6 +359,9 @@ impl Keeper {
         if let Some(fd) = self.fds.get_mut(space) {
             *fd = None;
         }
+        // Its index may be a child's next.
+        self.again.retain(|(s, _)| *s != space);
+        self.audit.forget(space);
         self.forget_waiting();
     }
 

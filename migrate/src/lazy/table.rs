@@ -99,6 +99,8 @@ pub struct Place {
 #[derive(Debug, Default)]
 pub struct Table {
     spaces: Vec<Option<Space>>,
+    /// Indices of spaces that are no more, for others.
+    free: Vec<usize>,
     /// Spaces that have memory of a source's address space.
     by_name: HashMap<u32, Vec<usize>>,
 }
@@ -115,18 +117,21 @@ impl Table {
     }
 
     fn push(&mut self, space: Space) -> usize {
-        let index = self.spaces.len();
+        let index = self.free.pop().unwrap_or(self.spaces.len());
         for r in space.regions.values() {
             let list = self.by_name.entry(r.name).or_default();
             if list.last() != Some(&index) {
                 list.push(index);
             }
         }
-        self.spaces.push(Some(space));
+        match self.spaces.get_mut(index) {
+            Some(free) => *free = Some(space),
+            None => self.spaces.push(Some(space)),
+        }
         index
     }
 
-    /// A space was forked: the child misses what its parent misses.
+    /// A space was forked: the child misses what its parent misses. It may get the index of one that has ended.
     pub fn fork(&mut self, parent: usize) -> usize {
         let child = self.spaces.get(parent).cloned().flatten().unwrap_or_default();
         self.push(child)
@@ -134,8 +139,8 @@ impl Table {
 
     /// A space is no more.
     pub fn end(&mut self, space: usize) {
-        if let Some(s) = self.spaces.get_mut(space) {
-            *s = None;
+        if self.spaces.get_mut(space).and_then(Option::take).is_some() {
+            self.free.push(space);
         }
         self.by_name.values_mut().for_each(|l| l.retain(|i| *i != space));
     }
@@ -320,14 +325,20 @@ mod tests {
             let ranges = missing.iter().map(|(a, l)| (at(*a).0, (a + l).min(N) * PAGE));
             table.add([region(0, N / 2, 7, 100), region(N / 2, N / 2, 7, 300)], ranges);
             let mut model: Model = vec![vec![None; len]];
+            let mut ended = std::collections::HashSet::new();
             for (a, l) in &missing {
                 (*a..(a + l).min(N)).for_each(|p| model[0][p as usize] = Some(origin(p)));
             }
             for s in steps {
                 match s {
                     Step::Fork(s) if s < model.len() && model.len() < 5 => {
-                        assert_eq!(table.fork(s), model.len());
-                        model.push(model[s].clone());
+                        let (child, pages) = (table.fork(s), model[s].clone());
+                        if child == model.len() {
+                            model.push(pages);
+                        } else {
+                            assert!(ended.remove(&child), "{child} is in use");
+                            model[child] = pages;
+                        }
                     }
                     Step::Move(s, from, to, l) if s < model.len() && from.abs_diff(to) >= l => {
                         let l = l.min(N - from).min(N - to);
@@ -360,6 +371,7 @@ mod tests {
                     }
                     Step::End(s) if s < model.len() => {
                         table.end(s);
+                        ended.insert(s);
                         model[s] = vec![None; len];
                     }
                     _ => {}
