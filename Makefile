@@ -2,7 +2,7 @@
 # make test     install what the tests need (as root, when missing), build, run everything; the last line counts
 # make demo     two hosts on this machine, two programs moved between them while a client keeps asking
 # make bench    the figures of the README
-# make chaos    agents killed at random instants, ten times as often as in the tests
+# make chaos    agents killed at random instants, ten times as often as in the tests, and at every step
 # make soak     a random workload of mappings moved 200 times, a million operations
 CARGO ?= cargo
 
@@ -27,7 +27,7 @@ bench: tools
 	$(CARGO) bench --quiet --bench downtime
 
 chaos: tools
-	MIGRATE_CHAOS=10 $(CARGO) test --test failure -- --test-threads=1 --nocapture killed_at_random
+	MIGRATE_CHAOS=10 $(CARGO) test --test failure -- --test-threads=1 --nocapture killed_at_random at_each_step
 
 soak: tools
 	MIGRATE_SOAK=200 $(CARGO) test --test soak -- --test-threads=1 --nocapture

@@ -23,6 +23,7 @@ use crate::{
         rebuild::{Names, Pids, Rebuild},
         sink::Sink,
     },
+    steps,
     sys::{misc, priority::Background},
     tracer::Tracer,
     track,
@@ -199,6 +200,7 @@ pub async fn serve<L: Link>(
 
     // The decision: one store that is the journal entry and the release.
     let released = copy.as_mut().is_some_and(|c| c.release());
+    steps::reached("decided");
     let restore_ms = arrived.elapsed().as_secs_f64() * 1000.0;
     let pid = copy.as_ref().map_or(0, Rebuild::root_pid);
     if !released {
@@ -217,6 +219,7 @@ pub async fn serve<L: Link>(
     let told = wire::send(&mut link, &Message::Running(running)).await;
     entry.stage = Stage::Running;
     let _ = journal.update(&entry);
+    steps::reached("noted that it runs");
     events(Event::Running { pid });
     // A task inside a fault stops only when its page is there: the drain goes on beside this.
     let cleaning = tracer.call(move || copy.as_mut().map_or(0, Rebuild::clean_up));
@@ -249,6 +252,7 @@ pub async fn serve<L: Link>(
         }
         left
     };
+    steps::reached("cleaned up");
     let left = left.unwrap_or(1);
     if left > 0 {
         events(Event::Note {

@@ -29,6 +29,7 @@ impl Laps {
         let now = Instant::now();
         let _ = write!(self.text, "{what} {}, ", us(now - self.last));
         self.last = now;
+        crate::steps::reached(what);
     }
 
     /// Logs it.

@@ -50,6 +50,7 @@ pub mod procfs;
 pub mod report;
 pub mod restore;
 pub mod source;
+pub mod steps;
 pub mod sys;
 pub mod tracer;
 pub mod track;

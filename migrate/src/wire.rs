@@ -26,6 +26,7 @@ use crate::{
     image::{Host, PAGE, Tree, codec},
     lazy::ipc::Stats,
     restore::rebuild::Names,
+    steps,
 };
 use migrate_transport::{Link, LinkError, Section};
 use serde::{Deserialize, Serialize};
@@ -314,6 +315,7 @@ const PART_LEN: usize = 8 << 20;
 
 /// Sends a message.
 pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
+    steps::reached(format_args!("before {}", m.name()));
     let mut payload = codec::encode(m).map_err(|e| WireError::Protocol(format!("nothing: {} does not encode: {e}", m.name())))?;
     while payload.len() > PART_LEN {
         link.send(Section {
@@ -323,13 +325,14 @@ pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
         })
         .await?;
     }
-    Ok(link
-        .send(Section {
-            kind: m.kind(),
-            version: VERSION,
-            payload,
-        })
-        .await?)
+    link.send(Section {
+        kind: m.kind(),
+        version: VERSION,
+        payload,
+    })
+    .await?;
+    steps::reached(format_args!("sent {}", m.name()));
+    Ok(())
 }
 
 /// Whether the source says goodbye soon: only one that does has ended its originals, and will never ask again.
@@ -366,6 +369,7 @@ pub async fn recv<L: Link>(link: &mut L) -> Result<Message, WireError> {
         if m.kind() != s.kind {
             return Err(WireError::Protocol(format!("a {} labelled as kind {}", m.name(), s.kind)));
         }
+        steps::reached(format_args!("got {}", m.name()));
         return Ok(m);
     }
 }

@@ -1,6 +1,7 @@
 //! Agents that die, and users who change their mind. Whatever happens, the program lives on exactly one side, and counts on.
 
 mod drain;
+mod steps;
 
 use migrate_harness::{Guest, Host, Hosts, Stdio, eventually, programs, two_hosts, within};
 use nix::sys::signal::Signal;

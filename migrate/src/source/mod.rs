@@ -21,6 +21,7 @@ use crate::{
     oracle,
     procfs::{stat, status},
     report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Report, SendOptions},
+    steps,
     sys::{misc, priority::Background},
     tracer::Tracer,
     track,
@@ -372,7 +373,9 @@ pub async fn send<C: Connector>(
             ));
         }
     };
+    steps::reached("wrote the journal");
     snap.holder.hold();
+    steps::reached("holds the originals");
     let t_handover = Instant::now();
     let (hashes, later_hashes) = if verify {
         match oracle::hashes(&snap.tree, &snap.pids, &snap.object_fds) {
@@ -485,13 +488,16 @@ pub async fn send<C: Connector>(
         }
     }
     phase("end");
+    steps::reached("the copy runs");
     if options.leave_running {
         thaw(&tracer).await;
     } else {
         kill(&tracer).await;
     }
+    steps::reached("ended the originals");
     drop(tracked);
     let _ = journal.remove();
+    steps::reached("removed the journal");
     let bytes_sent = late.as_ref().map_or_else(|| link.bytes_sent(), |l| l.bytes);
     link.close(wire::DONE).await;
     let late = late.unwrap_or_default();

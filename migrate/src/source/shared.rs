@@ -2,15 +2,14 @@
 //!
 //! Memory that is shared and anonymous (mmap(2) with MAP_SHARED | MAP_ANONYMOUS) has no name and no descriptor: it is written through the page tables
 //! of the processes that map it, which are those that were there when it was made, and their children. If all of them are tracked
-//! ([`crate::track::wp_async`]) the union of what they wrote is what changed. So a look trusts the page tables for an object when
+//! ([`crate::track::shared`]) the union of what they wrote is what changed. So a look trusts the page tables for an object when
 //!
 //! - the same mappings of it, of the same address spaces, were tracked at the look before and at this one, and nobody else maps it;
 //! - nobody was forked since the look before began, no child of before is unaccounted for ([`Listener`]), and every tracked process that is there was
 //!   found by both looks (lists of children may be incomplete while processes end, proc_pid_children(5));
 //! - no descriptor leads to it. Only the frozen tree is asked that: such a descriptor can only be had through /proc/PID/map_files, which takes
 //!   privileges, and one that was opened, written through and closed between two looks is the one thing that goes unnoticed. The file's times do not tell, since
-//!   they change with every write through a page table as well.
-//!
+//!   they change with every write through a page table as well;
 //! - madvise(2) has never dropped any of it: it is not told whether from the page tables (MADV_DONTNEED) or for good (MADV_REMOVE), nor when it
 //!   has happened.
 //!
@@ -199,8 +198,8 @@ impl Shared {
         let mut out = Vec::new();
         let mut compared = 0;
         let mut mappers = self.mappers(tree, names);
-        if self.listener.as_ref().is_some_and(|l| l.removals() > 0) {
-            self.give_up("madvise(2) drops some of it");
+        if let Some(why) = self.listener.as_ref().and_then(|l| l.useless()) {
+            self.give_up(why);
         }
         let births = self.listener.as_ref().map_or(0, |f| f.births());
         let children = self.listener.as_ref().map_or(0, |f| f.children());

@@ -208,11 +208,6 @@ impl Userfault {
         Self::take_with(pid, fd, WP_ASYNC | WP_SHMEM | EVENT_FORK | EVENT_REMOVE)
     }
 
-    /// Another descriptor of the same userfaultfd.
-    pub fn try_clone(&self) -> io::Result<Userfault> {
-        Ok(Userfault { fd: self.fd.try_clone()? })
-    }
-
     /// Takes the descriptor numbered `fd` in process `pid` and agrees on filling its missing pages, and on telling which of them are written then, where
     /// the kernel can. EPERM without CAP_SYS_PTRACE, which the events of forks need.
     pub fn take_missing(pid: i32, fd: i32) -> io::Result<Userfault> {

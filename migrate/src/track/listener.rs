@@ -5,7 +5,8 @@
 //! nobody has written. So these userfaultfds tell of both (UFFD_FEATURE_EVENT_FORK and EVENT_REMOVE, userfaultfd(2)): the call waits until a thread
 //! here has read the event. A child's own userfaultfd, which comes with its event, shows for as long as it is kept whether that child is still there.
 //!
-//! The thread does nothing else, so that no call waits for a look or for the network; if the agent dies the kernel lets them go on.
+//! The thread does nothing else, so that no call waits for a look or for the network; if the agent dies the kernel lets them go on. If an event cannot be
+//! read, for want of a descriptor for a child, it lets go of all userfaultfds, which nobody else holds, and the calls go on as well.
 
 use crate::sys::{
     priority,
@@ -15,7 +16,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     thread::JoinHandle,
 };
 
@@ -30,6 +31,7 @@ struct State {
     children: Vec<Arc<Userfault>>,
     births: u64,
     removals: u64,
+    failed: bool,
     ended: bool,
 }
 
@@ -48,6 +50,8 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 impl Listener {
     /// Starts it.
     pub fn start() -> io::Result<Listener> {
+        // Each child costs a descriptor until it is tracked itself, or has ended.
+        crate::restore::fds::raise_limit();
         let state = Arc::new(Mutex::new(State::default()));
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let (s, w) = (state.clone(), wake.clone());
@@ -62,12 +66,13 @@ impl Listener {
         })
     }
 
-    /// Listens to this userfaultfd.
-    pub fn watch(&self, fd: &Userfault) -> io::Result<()> {
-        let fd = fd.try_clone()?;
-        lock(&self.state).parents.push(Arc::new(fd));
+    /// Listens to this userfaultfd, and keeps it as long as that is of use.
+    pub fn watch(&self, fd: Userfault) -> Weak<Userfault> {
+        let fd = Arc::new(fd);
+        let weak = Arc::downgrade(&fd);
+        lock(&self.state).parents.push(fd);
         self.nudge();
-        Ok(())
+        weak
     }
 
     /// How many forks there were. A child that this does not count has not run yet.
@@ -75,9 +80,15 @@ impl Listener {
         lock(&self.state).births
     }
 
-    /// How many times madvise(2) dropped a range of tracked memory, from the page tables or for good (that is not told), or is about to.
-    pub fn removals(&self) -> u64 {
-        lock(&self.state).removals
+    /// Why what is tracked says nothing any more, if that is so.
+    pub fn useless(&self) -> Option<&'static str> {
+        let s = lock(&self.state);
+        match (s.failed, s.removals) {
+            (true, _) => Some("an event could not be read"),
+            // From the page tables or for good, that is not told, and perhaps it is only about to.
+            (_, 1..) => Some("madvise(2) drops some of it"),
+            _ => None,
+        }
     }
 
     /// How many of the children are there, with the memory that they were born with.
@@ -129,7 +140,13 @@ fn listen(state: &Mutex<State>, wake: &OwnedFd) {
         for fd in all.iter().zip(ready).filter(|(_, r)| *r).map(|(fd, _)| fd) {
             let mut s = lock(state);
             // Whoever caused the event goes on as soon as it was read: nobody may ask before it is counted.
-            for m in fd.read().unwrap_or_default() {
+            let Ok(messages) = fd.read() else {
+                s.failed = true;
+                s.parents.clear();
+                s.children.clear();
+                return;
+            };
+            for m in messages {
                 match m {
                     Message::Fork(child) => {
                         s.births += 1;

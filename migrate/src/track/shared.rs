@@ -12,13 +12,14 @@ use crate::{
     pages::PageSet,
     sys::{pagemap::Pagemap, uffd::Userfault},
 };
-use std::io;
+use std::{io, sync::Weak};
 
 /// Tracks the shared mappings of one process.
 #[derive(Debug)]
 pub struct SharedMemory {
     pagemap: Pagemap,
-    uffd: Userfault,
+    /// The listener's.
+    uffd: Weak<Userfault>,
     /// Registered, and not armed yet.
     void: PageSet,
 }
@@ -29,19 +30,19 @@ const NEAR: u64 = 16 * PAGE;
 impl SharedMemory {
     /// `fd`: the number that userfaultfd(2) returned inside process `pid`. The caller closes it there.
     pub fn new(pid: i32, fd: i32, listener: &Listener) -> io::Result<SharedMemory> {
-        let uffd = Userfault::take_with_events(pid, fd)?;
-        listener.watch(&uffd)?;
+        let pagemap = Pagemap::open(pid)?;
         Ok(SharedMemory {
-            pagemap: Pagemap::open(pid)?,
-            uffd,
+            pagemap,
+            uffd: listener.watch(Userfault::take_with_events(pid, fd)?),
             void: PageSet::new(),
         })
     }
 
     /// Tracks these mappings from the next look on.
     pub fn adopt(&mut self, mappings: &[(u64, u64)]) {
+        let Some(uffd) = self.uffd.upgrade() else { return };
         for &(start, end) in mappings {
-            match self.uffd.register(start, end) {
+            match uffd.register(start, end) {
                 Ok(()) => self.void.insert(start, end),
                 Err(e) => tracing::debug!(error = %e, "shared mapping {start:x}-{end:x} cannot be tracked"),
             }
