@@ -195,3 +195,19 @@ fn shared_memory_is_not_compared_when_all_who_write_it_are_known() {
     guest.verify("on b");
     hosts.b.expect_end(moved.pid, || guest.quit());
 }
+
+/// The same with a child that writes: only what has a descriptor is compared in the freeze.
+#[test]
+fn shared_memory_of_two_processes_is_not_compared_either() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "trap", &[("kind", "written-by-a-child")]);
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "pre-copy", "--tracker", "wp-async"]);
+    let all = compared(&moved.report);
+    println!("compared: {all:?}");
+    assert!(
+        all.len() < 3 || *all.last().unwrap() < all[0],
+        "the freeze compared shared memory: {all:?}"
+    );
+    guest.verify("on b");
+    hosts.b.expect_end(moved.pid, || guest.quit());
+}

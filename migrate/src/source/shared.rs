@@ -207,7 +207,9 @@ impl Shared {
         let trusted = self.last.complete && self.now.complete && births == self.last.births;
         for ((o, file), name) in tree.objects.iter().zip(files).zip(&names.objects) {
             let mut touched = None;
-            if let Some((who, written)) = mappers.remove(name) {
+            if let Some((mut who, written)) = mappers.remove(name) {
+                // The frozen tree's processes may be in another order.
+                who.sort_unstable();
                 if trusted && self.last.objects.get(name) == Some(&who) {
                     touched = written;
                 }
@@ -221,6 +223,11 @@ impl Shared {
                 }
             };
             out.push((*name, changed));
+        }
+        if compared > 0 {
+            let forks = births - self.last.births.min(births);
+            let (before, now) = (self.last.complete, self.now.complete);
+            tracing::debug!(compared, forks, children, before, now, "shared memory is compared");
         }
         self.last = std::mem::take(&mut self.now);
         Ok((out, compared))
@@ -345,6 +352,13 @@ mod tests {
         assert_eq!(s.look(&two, &[(AT, Some(&[])), (2 * AT, None)]), (SIZE, vec![5]));
         s.write(6, 1);
         assert_eq!(s.look(&two, &[(AT, Some(&[])), (2 * AT, Some(&[6]))]), (0, vec![6]));
+        // The same processes in another order.
+        let (turned, mut names) = tree(&[2 * AT, AT]);
+        names.spaces.reverse();
+        s.shared.begin();
+        s.shared.saw(0, AT, Some(PageSet::new()));
+        s.shared.saw(1, 2 * AT, Some(PageSet::new()));
+        assert_eq!(s.finish(&(turned, names)).0, 0);
         // It has ended, and may have written before.
         s.write(7, 1);
         assert_eq!(s.look(&one, &[(AT, Some(&[]))]), (SIZE, vec![7]));
