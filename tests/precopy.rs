@@ -171,12 +171,6 @@ fn more_descriptors_than_the_skeleton_knew_of() {
     guest.quit();
 }
 
-/// Bytes of shared memory that each round compared by content, the freeze's last.
-fn compared(report: &serde_json::Value) -> Vec<u64> {
-    let rounds = report["rounds"].as_array().expect("rounds");
-    rounds.iter().map(|r| r["compared"].as_u64().expect("compared")).collect()
-}
-
 /// Page tables tell what was written when all processes that can write are known; where the kernel cannot watch them, it is all compared.
 #[test]
 fn shared_memory_is_not_compared_when_all_who_write_it_are_known() {
@@ -184,7 +178,7 @@ fn shared_memory_is_not_compared_when_all_who_write_it_are_known() {
     let options = [("mib", "64"), ("shared", "1"), ("dirty", "2"), ("period-us", "2000")];
     let guest = Guest::start(&hosts.a, "ballast", &options);
     let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "pre-copy", "--tracker", "wp-async"]);
-    let all = compared(&moved.report);
+    let all = moved.compared();
     println!("compared: {all:?}, downtime {:.1} ms", moved.number("downtime_ms"));
     assert!(all[0] >= 64 << 20, "{all:?}");
     assert!(
@@ -202,7 +196,7 @@ fn shared_memory_of_two_processes_is_not_compared_either() {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "trap", &[("kind", "written-by-a-child")]);
     let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "pre-copy", "--tracker", "wp-async"]);
-    let all = compared(&moved.report);
+    let all = moved.compared();
     println!("compared: {all:?}");
     assert!(
         all.len() < 3 || *all.last().unwrap() < all[0],

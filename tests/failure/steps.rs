@@ -109,32 +109,19 @@ fn at_each_step(victim: Victim, how: &[&str], signal: Signal) {
 const PRE_COPY: &[&str] = &["--mode", "pre-copy"];
 const POST_COPY: &[&str] = &["--mode", "post-copy"];
 
-#[test]
-fn sender_killed_at_each_step() {
-    at_each_step(Victim::Sender, PRE_COPY, Signal::SIGKILL);
+macro_rules! at_each_step {
+    ($($test:ident: $victim:ident, $how:expr, $signal:ident;)*) => { $(
+        #[test]
+        fn $test() {
+            at_each_step(Victim::$victim, $how, Signal::$signal);
+        }
+    )* };
 }
-
-#[test]
-fn receiver_killed_at_each_step() {
-    at_each_step(Victim::Receiver, PRE_COPY, Signal::SIGKILL);
-}
-
-#[test]
-fn sender_killed_at_each_step_of_post_copy() {
-    at_each_step(Victim::Sender, POST_COPY, Signal::SIGKILL);
-}
-
-#[test]
-fn receiver_killed_at_each_step_of_post_copy() {
-    at_each_step(Victim::Receiver, POST_COPY, Signal::SIGKILL);
-}
-
-#[test]
-fn sender_interrupted_at_each_step() {
-    at_each_step(Victim::Sender, PRE_COPY, Signal::SIGINT);
-}
-
-#[test]
-fn receiver_told_to_end_at_each_step() {
-    at_each_step(Victim::Receiver, PRE_COPY, Signal::SIGTERM);
+at_each_step! {
+    sender_killed_at_each_step: Sender, PRE_COPY, SIGKILL;
+    receiver_killed_at_each_step: Receiver, PRE_COPY, SIGKILL;
+    sender_killed_at_each_step_of_post_copy: Sender, POST_COPY, SIGKILL;
+    receiver_killed_at_each_step_of_post_copy: Receiver, POST_COPY, SIGKILL;
+    sender_interrupted_at_each_step: Sender, PRE_COPY, SIGINT;
+    receiver_told_to_end_at_each_step: Receiver, PRE_COPY, SIGTERM;
 }

@@ -19,11 +19,11 @@ use super::{
     rebuild::Rebuild,
 };
 use crate::{
-    image::{Backing, Vma},
+    image::Vma,
     lazy::{self, audit::Watched, keeper::Armed},
     pages::PageSet,
     sys::{self, uffd::Userfault},
-    track::wp_async,
+    track::{self, wp_async},
     wire::Ranges,
 };
 use std::io;
@@ -33,18 +33,6 @@ fn wrong(what: &str) -> PilotError {
         io::ErrorKind::InvalidData,
         "the source lists pages that cannot follow",
     ))
-}
-
-/// Ascending ranges, with those that touch made one.
-fn joined(ranges: impl Iterator<Item = (u64, u64)>) -> Vec<(u64, u64)> {
-    let mut out: Vec<(u64, u64)> = Vec::new();
-    for (start, end) in ranges {
-        match out.last_mut() {
-            Some(last) if last.1 == start => last.1 = end,
-            _ => out.push((start, end)),
-        }
-    }
-    out
 }
 
 impl Rebuild {
@@ -155,11 +143,12 @@ impl Rebuild {
             return Err(wrong("register missing pages outside of every mapping"));
         }
         if sys::mem::moves_several() && wp_async::available() {
-            let others = vmas.iter().filter(|v| {
-                let own = !v.shared && !matches!(v.backing, Backing::Special(_)) && !v.flags.droppable;
-                own && !set.overlaps(v.start, v.end)
-            });
-            for (start, end) in joined(others.map(|v| (v.start, v.end))) {
+            let others = vmas
+                .iter()
+                .filter(|v| track::has_private_pages(v) && !v.flags.droppable && !set.overlaps(v.start, v.end));
+            // As few calls as there are gaps.
+            let others = PageSet::from_ranges(others.map(|v| (v.start, v.end)));
+            for &(start, end) in others.ranges() {
                 fd.register(start, end)
                     .map_err(PilotError::agent(format!("register {start:x}-{end:x}, which has all its pages")))?;
             }

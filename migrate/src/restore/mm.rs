@@ -103,10 +103,7 @@ pub struct Batches {
 impl Batches {
     /// None yet; each of at most `cap` records.
     pub fn new(cap: usize) -> Self {
-        Batches {
-            list: vec![Batch::new()],
-            cap,
-        }
+        Batches { list: Vec::new(), cap }
     }
 
     /// The one that has room for `n` more records.

@@ -622,9 +622,7 @@ impl Rebuild {
             for (i, p) in tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_none()) {
                 let slot = me.slots[i][0];
                 let (records, _) = me.pilots.capacity(slot);
-                let Some(guards) = guards.get(p.mm as usize).filter(|g| !g.is_empty()) else {
-                    continue;
-                };
+                let guards = guards.get(p.mm as usize).map_or(&[][..], Vec::as_slice);
                 for b in mm::guards(guards, records - 8) {
                     me.pilots.run(slot, &b)?;
                 }

@@ -93,10 +93,6 @@ impl Space {
         Ok(())
     }
 
-    fn known(&self, v: &crate::image::Vma) -> Cow<'_, PageSet> {
-        known(&self.held, &self.owed, v)
-    }
-
     /// A range is new or gone: nothing that is known of it counts.
     fn void(&mut self, start: u64, end: u64, drops: &mut Vec<(u32, u64, u64)>) {
         drops.extend(self.held.clip(start, end).ranges().iter().map(|r| (self.name, r.0, r.1)));
@@ -417,7 +413,9 @@ impl Rounds {
         if !self.tracks.shared.adopt_children(inherited.len()) {
             wanted.retain(|pid| !inherited.contains(pid));
         }
-        let listener = self.tracks.shared.listen(&d.tree);
+        if wanted.is_empty() {
+            return untracked;
+        }
         // All of the tree at once in the first round, later each newcomer by itself.
         let together = wanted.len() == d.pids.len();
         let groups: Vec<Vec<i32>> = if together {
@@ -445,8 +443,11 @@ impl Rounds {
                 Err(e) => tracing::debug!(pid = group[0], error = %e, "not tracked"),
             }
         }
-        for (key, listener) in new.iter().zip(listener.iter().cycle()) {
-            match attach::track_shared(key.0, listener) {
+        let Some(listener) = self.tracks.shared.listen(&d.tree) else {
+            return untracked;
+        };
+        for key in &new {
+            match attach::track_shared(key.0, &listener) {
                 Ok(t) => drop(self.tracks.spaces.get_mut(key).map(|s| s.shared = t)),
                 // Without root, for example: it is compared by content then.
                 Err(e) => tracing::debug!(pid = key.0, error = %e, "its shared memory is not tracked"),
@@ -486,7 +487,7 @@ impl Rounds {
             let mut young = HashSet::new();
             for v in d.tree.mms[p.mm as usize].vmas.iter().filter(|v| track::has_private_pages(v)) {
                 private.insert(v.start, v.end);
-                match tracker.scan(v, &s.known(v), false) {
+                match tracker.scan(v, &known(&s.held, &s.owed, v), false) {
                     Ok(scan) => {
                         if scan.fresh {
                             s.void(v.start, v.end, &mut t.drops);

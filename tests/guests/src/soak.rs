@@ -79,7 +79,7 @@ struct Choice(Vec<(Op, u64)>);
 
 impl Choice {
     fn new(only: Option<&str>, but: &[Op]) -> io::Result<Choice> {
-        let names: Vec<&str> = only.map(|o| o.split([',', '+']).collect()).unwrap_or_default();
+        let names: Vec<&str> = only.map(|o| o.split(',').collect()).unwrap_or_default();
         if let Some(unknown) = names.iter().find(|n| !OPS.iter().any(|(_, name, _)| name == *n)) {
             return Err(io::Error::other(format!("no operation is called {unknown:?}")));
         }

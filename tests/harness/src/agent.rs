@@ -246,6 +246,13 @@ impl Moved {
     pub fn number(&self, key: &str) -> f64 {
         self.report.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN)
     }
+
+    /// Bytes of shared memory that each round compared by content, the freeze's last.
+    #[track_caller]
+    pub fn compared(&self) -> Vec<u64> {
+        let rounds = self.report["rounds"].as_array().expect("rounds");
+        rounds.iter().map(|r| r["compared"].as_u64().expect("compared")).collect()
+    }
 }
 
 impl Hosts {

@@ -48,9 +48,7 @@ pub fn soak(
             std::panic::resume_unwind(failed)
         });
         downtime = downtime.max(moved.number("downtime_ms"));
-        let rounds: Vec<u64> = moved.report["rounds"]
-            .as_array()
-            .map_or_else(Vec::new, |r| r.iter().map(|r| r["compared"].as_u64().unwrap_or(0)).collect());
+        let rounds = moved.compared();
         shared += rounds.first().unwrap_or(&0);
         slow += rounds.last().unwrap_or(&0);
         compared += moved.report["drain"]["compared"].as_u64().unwrap_or(0);

@@ -127,6 +127,36 @@ fn written(kit: &mut Kit, mapped: bool) -> io::Result<Trap> {
     }))
 }
 
+/// What a child does that writes to its lanes as long as `goes_on`; it does not return.
+fn write_on(lanes: &[Lane], mut seed: u64, goes_on: impl Fn() -> bool) -> ! {
+    while goes_on() {
+        seed += 2;
+        if lanes.iter().any(|l| l.work(seed, 20, 256, || true).is_err()) {
+            sys0!(_exit(1));
+        }
+    }
+    sys0!(_exit(0))
+}
+
+/// Compares a page of each lane, or all.
+fn look_at(lanes: &[Lane], kit: &mut Kit, call: Call, numbers: &mut Numbers) {
+    for lane in lanes {
+        let wrong = match call {
+            Call::Verify => lane.check_all(),
+            Call::Step => lane.check(below(numbers, lane.pages())).err().into_iter().collect(),
+        };
+        wrong.into_iter().for_each(|w| kit.differs(w));
+    }
+}
+
+/// A child that writes has found nothing wrong so far.
+fn still_writes(kit: &mut Kit, child: i32) -> io::Result<()> {
+    let mut status = 0;
+    let ended = sys!(waitpid(child, &mut status, libc::WNOHANG))?;
+    kit.check(ended == 0, format!("the child that writes ended with status {status:#x}"));
+    Ok(())
+}
+
 /// Shared memory of which this process only reads what another writes: its child, or a process that is no part of the tree.
 fn written_by_another(kit: &mut Kit, outside: bool) -> io::Result<Trap> {
     let fd = memfd(64)?;
@@ -141,34 +171,16 @@ fn written_by_another(kit: &mut Kit, outside: bool) -> io::Result<Trap> {
                 sys0!(_exit(0));
             }
         }
-        let mut seed = 1;
         // An outsider ends when the program has ended, wherever that was last.
-        while if outside { sys0!(kill(me, 0)) == 0 } else { sys0!(getppid()) == me } {
-            seed += 1;
-            if lanes.iter().any(|l| l.work(seed, 20, 256, || true).is_err()) {
-                sys0!(_exit(1));
-            }
-        }
-        sys0!(_exit(0));
+        write_on(&lanes, 1, || if outside { sys0!(kill(me, 0)) == 0 } else { sys0!(getppid()) == me });
     }
     if outside {
         sys!(waitpid(child, std::ptr::null_mut(), 0))?;
     }
     let mut numbers = Numbers::new(34);
     Ok(Box::new(move |kit, call| {
-        for lane in &lanes {
-            let wrong = match call {
-                Call::Verify => lane.check_all(),
-                Call::Step => lane.check(below(&mut numbers, 64)).err().into_iter().collect(),
-            };
-            wrong.into_iter().for_each(|w| kit.differs(w));
-        }
-        if !outside {
-            let mut status = 0;
-            let ended = sys!(waitpid(child, &mut status, libc::WNOHANG))?;
-            kit.check(ended == 0, format!("the child that writes ended with status {status:#x}"));
-        }
-        Ok(())
+        look_at(&lanes, kit, call, &mut numbers);
+        if outside { Ok(()) } else { still_writes(kit, child) }
     }))
 }
 
@@ -176,22 +188,15 @@ fn written_by_another(kit: &mut Kit, outside: bool) -> io::Result<Trap> {
 /// that outlives it; and this process, which takes rights away now and then.
 fn written_by_workers() -> io::Result<Trap> {
     const PAGES: usize = 256;
-    let lanes = [Lane::new(1, PAGES, SHARED, -1)?, Lane::new(2, PAGES, SHARED, -1)?];
-    let visitors = Lane::new(3, PAGES, SHARED, -1)?;
+    let lanes = (1..=3).map(|n| Lane::new(n, PAGES, SHARED, -1)).collect::<io::Result<Vec<_>>>()?;
+    let visitors = lanes[2];
     let mut own = Patch::filled(PAGES, SHARED)?;
     let me = sys0!(getpid());
     let mut workers = Vec::new();
-    for (number, lane) in lanes.into_iter().enumerate() {
+    for number in 0..2 {
         let child = sys!(fork())?;
         if child == 0 {
-            let mut seed = number as u64;
-            while sys0!(getppid()) == me {
-                seed += 2;
-                if lane.work(seed, 20, 256, || true).is_err() {
-                    sys0!(_exit(1));
-                }
-            }
-            sys0!(_exit(0));
+            write_on(&lanes[number..=number], number as u64, || sys0!(getppid()) == me);
         }
         workers.push(child);
     }
@@ -226,20 +231,9 @@ fn written_by_workers() -> io::Result<Trap> {
                 }
             }
         }
-        for lane in lanes.iter().chain([&visitors]) {
-            let wrong = match call {
-                Call::Verify => lane.check_all(),
-                Call::Step => lane.check(below(&mut numbers, PAGES)).err().into_iter().collect(),
-            };
-            wrong.into_iter().for_each(|w| kit.differs(w));
-        }
+        look_at(&lanes, kit, call, &mut numbers);
         own.look(kit, "shared memory beside workers", call, &mut numbers);
-        for child in &workers {
-            let mut status = 0;
-            let ended = sys!(waitpid(*child, &mut status, libc::WNOHANG))?;
-            kit.check(ended == 0, format!("a worker ended with status {status:#x}"));
-        }
-        Ok(())
+        workers.iter().try_for_each(|child| still_writes(kit, *child))
     }))
 }
 
