@@ -179,9 +179,26 @@ fn watch(world: &mut World) {
     }
 }
 
-extern "C" fn faulted(signal: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the kernel hands in a valid siginfo; the world lives as long as the process, which ends here.
-    let (at, world) = unsafe { ((*info).si_addr() as usize, WATCHED.load(Ordering::SeqCst).as_ref()) };
+extern "C" fn faulted(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel hands in a valid siginfo and context; the world lives as long as the process, which ends here.
+    let (at, code, context, world) = unsafe {
+        let context = &*context.cast::<libc::ucontext_t>();
+        (
+            (*info).si_addr() as usize,
+            (*info).si_code,
+            context,
+            WATCHED.load(Ordering::SeqCst).as_ref(),
+        )
+    };
+    let [rip, rsp] = [libc::REG_RIP, libc::REG_RSP].map(|r| context.uc_mcontext.gregs[r as usize] as usize);
+    eprintln!(
+        "thread {} of {}, code {code}, registers {:x?}, at\n{}stack at\n{}",
+        sys0!(gettid()),
+        sys0!(getpid()),
+        context.uc_mcontext.gregs,
+        model::mapped_around(rip, 0),
+        model::mapped_around(rsp, 0)
+    );
     let said = world.map(|w| {
         format!(
             "at operation {}\n{}{}",
