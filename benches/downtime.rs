@@ -300,7 +300,7 @@ fn walk() {
 /// What `--dry-run` says against what the migration right after it shows: predicted by measured.
 fn predict() {
     for (mib, rate) in [("16", "50"), ("256", "20"), ("1024", "50"), ("1024", "200")] {
-        let (mut freeze, mut total, mut rounds) = (vec![], vec![], vec![]);
+        let (mut freeze, mut total, mut rounds, mut between) = (vec![], vec![], vec![], vec![]);
         for _ in 0..runs() {
             let hosts = hosts();
             let guest = Guest::start(&hosts.a, "ballast", &[("mib", mib), ("rate", rate), ("rest-us", "50")]);
@@ -318,6 +318,9 @@ fn predict() {
             let ratio = |path: &str| number(&said, path) / number(&shown, path);
             freeze.push(ratio("/downtime_ms"));
             total.push(ratio("/total_ms"));
+            let bound = |which: usize| number(&said, &format!("/range/downtime_ms/{which}"));
+            let inside = (bound(0) / 2.0..=bound(1) * 2.0).contains(&number(&shown, "/downtime_ms"));
+            between.push(f64::from(u8::from(inside)));
             let count = |r: &serde_json::Value| r["rounds"].as_array().map_or(0.0, |r| r.len() as f64);
             rounds.push(count(&said) - count(&shown));
         }
@@ -326,6 +329,7 @@ fn predict() {
         row(&format!("{name}, freeze"), "%", percent(freeze));
         row(&format!("{name}, total time"), "%", percent(total));
         row(&format!("{name}, rounds, difference"), "", rounds);
+        row(&format!("{name}, freeze within a factor of two of the range (1: yes)"), "", between);
     }
 }
 

@@ -146,6 +146,9 @@ fn aftermath(class: Class, stake: Stake, process: Option<pid::State>) -> Option<
     })
 }
 
+/// From this factor between the least and the most predicted freeze on the prediction is said to be uncertain.
+const UNCERTAIN: f64 = 4.0;
+
 /// What moved, how long it stood still, how much was sent.
 fn summary(report: &Report, deed: &Deed) -> String {
     let tree = format!(
@@ -193,10 +196,24 @@ fn summary(report: &Report, deed: &Deed) -> String {
         rounds => format!(" in {}", human::plural(rounds as u64, "round", "rounds")),
     };
     rows.push(row("total", format!("{}{rounds}", human::millis(report.total_ms))));
+    if let Some(range) = report.range.filter(|r| r.downtime_ms[1] > UNCERTAIN * r.downtime_ms[0]) {
+        let between = |[least, most]: [f64; 2]| format!("{} to {}", human::millis(least), human::millis(most));
+        let text = format!(
+            "it writes about as fast as pages can be carried: frozen {}, total {}",
+            between(range.downtime_ms),
+            between(range.total_ms)
+        );
+        rows.push(row("uncertain", text));
+    }
     if report.bytes_sent + report.pages_sent + report.pages_zero > 0 {
         let pages = human::plural(report.pages_sent, "page", "pages");
         let zero = human::plural(report.pages_zero, "zero page", "zero pages");
-        rows.push(row("memory", format!("{}: {pages}, {zero}", human::bytes(report.bytes_sent))));
+        // A receiver counts only what it has answered.
+        let bytes = match deed {
+            Deed::Received => String::new(),
+            _ => format!("{}: ", human::bytes(report.bytes_sent)),
+        };
+        rows.push(row("memory", format!("{bytes}{pages}, {zero}")));
     }
     if report.pages_lazy > 0 {
         let latency = &report.fault_latency_us;
@@ -219,7 +236,7 @@ fn row(name: &str, text: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use migrate_engine::report::{Downtime, FaultLatency, Round};
+    use migrate_engine::report::{Downtime, FaultLatency, Range, Round};
 
     fn report() -> Report {
         Report {
@@ -243,6 +260,7 @@ mod tests {
             fault_latency_us: FaultLatency::default(),
             drain: None,
             agent_peak_rss: 0,
+            range: None,
         }
     }
 
@@ -260,6 +278,24 @@ mod tests {
              total        1.34 s in 1 round\n\
              memory       268 MB: 65,536 pages, 1 zero page\n"
         );
+    }
+
+    #[test]
+    fn a_prediction_that_could_be_anything_says_so() {
+        let predicted = |most: f64| {
+            let report = Report {
+                outcome: "predicted".into(),
+                range: Some(Range {
+                    downtime_ms: [4.0, most],
+                    total_ms: [1340.0, 9000.0],
+                }),
+                ..report()
+            };
+            summary(&report, &Deed::Received)
+        };
+        let said = "uncertain    it writes about as fast as pages can be carried: frozen 4.00 ms to 700 ms, total 1.34 s to 9.00 s\n";
+        assert!(predicted(700.0).contains(said), "{}", predicted(700.0));
+        assert!(!predicted(5.0).contains("uncertain"));
     }
 
     #[test]

@@ -102,14 +102,22 @@ fn nothing_is_late_when_rounds_suffice() {
     guest.quit();
 }
 
+/// Whether this kernel can track without stopping the program; else the test is skipped.
+fn tracks() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map_while(|n| n.parse::<u32>().ok());
+    let yes = (numbers.next(), numbers.next()) >= (Some(6), Some(7));
+    if !yes {
+        skip("this kernel cannot tell what a program writes (UFFD_FEATURE_WP_ASYNC, Linux 6.7)");
+    }
+    yes
+}
+
 /// What the program does not write is compared with the original once it is there.
 #[test]
 fn the_oracle_watches_the_drain() {
     let hosts = two_hosts!();
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let mut numbers = release.split(['.', '-']).map_while(|n| n.parse::<u32>().ok());
-    if (numbers.next(), numbers.next()) < (Some(6), Some(7)) {
-        skip("this kernel cannot tell what a program writes (UFFD_FEATURE_WP_ASYNC, Linux 6.7)");
+    if !tracks() {
         return;
     }
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "64")]);
@@ -118,6 +126,33 @@ fn the_oracle_watches_the_drain() {
     println!("{compared} of {} pages compared", moved.number("pages_lazy"));
     assert!(compared as f64 > 0.95 * moved.number("pages_lazy"), "{}", moved.report);
     guest.verify("on b");
+    guest.quit();
+}
+
+/// What cannot follow goes in rounds before the freeze, as with pre-copy; on a kernel that cannot track it without stopping the program, within the freeze.
+#[test]
+fn shared_memory_does_not_lengthen_the_freeze_of_post_copy() {
+    if !tracks() {
+        return;
+    }
+    let hosts = two_hosts!();
+    let options = [("mib", "64"), ("shared", "1"), ("dirty", "2"), ("period-us", "2000")];
+    let guest = Guest::start(&hosts.a, "ballast", &options);
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "post-copy"]);
+    guest.verify("on b");
+    let pages = |round: &serde_json::Value| round["pages"].as_u64().expect("pages");
+    let rounds = moved.report["rounds"].as_array().expect("rounds");
+    let (last, before) = rounds.split_last().expect("a round");
+    assert!(before.iter().map(pages).sum::<u64>() >= 64 << 8, "{}", moved.report);
+    assert!(pages(last) < 16 << 8, "{}", moved.report);
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "ballast", &options);
+    // Without a tracker, as where the kernel has none.
+    let how = ["--mode", "post-copy", "--tracker", "soft-dirty"];
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &how);
+    guest.verify("on b");
+    let rounds = moved.report["rounds"].as_array().expect("rounds");
+    assert!(pages(rounds.last().expect("a round")) >= 64 << 8, "{}", moved.report);
     guest.quit();
 }
 

@@ -9,6 +9,8 @@ const STOP: &[&str] = &["--mode", "stop"];
 const PRE_COPY: &[&str] = &["--mode", "pre-copy"];
 /// Slow, so that much happens while pages are missing.
 const POST_COPY: &[&str] = &["--mode", "post-copy", "--bandwidth", "60MB/s"];
+/// As on a kernel that tracks nothing without stopping the program: page tables are looked at after the freeze.
+const UNTRACKED: &[&str] = &["--mode", "post-copy", "--tracker", "soft-dirty", "--bandwidth", "60MB/s"];
 const HYBRID: &[&str] = &["--mode", "hybrid", "--max-rounds", "2", "--bandwidth", "60MB/s"];
 
 const TRACKED: &str = "map,unmap,replace,remap,protect,write,brk,stack";
@@ -53,6 +55,7 @@ soaks! {
     everything_with_post_copy: POST_COPY, &[];
     everything_with_hybrid: HYBRID, &[];
     memory_alone_with_post_copy: POST_COPY, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];
+    everything_with_untracked_post_copy: UNTRACKED, &[];
     // Mappings that should be gone are found only where no thread's stack comes and goes.
     memory_alone_with_stop: STOP, &[("children", "0"), ("threads", "0"), ("ops-per-second", "20000")];
     // Without madvise(2), after which shared memory is compared by content rather than tracked.

@@ -279,6 +279,7 @@ pub async fn serve<L: Link>(
         total_ms: start.elapsed().as_secs_f64() * 1000.0,
         bytes_sent,
         agent_peak_rss: misc::peak_rss(),
+        range: None,
         pages_lazy: stats.as_ref().map_or(0, |s| s.pulled + s.pushed),
         fault_latency_us: stats.as_ref().map(|s| s.latency.clone()).unwrap_or_default(),
         drain: stats.map(|s| crate::report::Drain::of(&s, after.elapsed())),

@@ -172,7 +172,7 @@ pub struct Report {
     pub downtime: Downtime,
     /// Whole run, milliseconds.
     pub total_ms: f64,
-    /// Bytes on the wire.
+    /// Bytes that this agent has put on the wire.
     pub bytes_sent: u64,
     /// Pages with content.
     pub pages_sent: u64,
@@ -187,6 +187,18 @@ pub struct Report {
     pub drain: Option<Drain>,
     /// Peak resident memory of this agent, bytes.
     pub agent_peak_rss: u64,
+    /// Of a prediction: between what it would lie if pages were carried slower or faster than the test of the link was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub range: Option<Range>,
+}
+
+/// Least and most of a prediction.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Range {
+    /// The freeze, milliseconds.
+    pub downtime_ms: [f64; 2],
+    /// The whole run, milliseconds.
+    pub total_ms: [f64; 2],
 }
 
 /// The time after the resume in which the rest of the pages arrived.

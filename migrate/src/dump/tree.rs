@@ -32,6 +32,13 @@ pub enum DumpError {
     Fds(#[from] fds::DumpError),
 }
 
+impl DumpError {
+    /// Something was gone when it was looked at: a process or thread that has ended in between, most likely.
+    pub fn vanished(&self) -> bool {
+        matches!(self, DumpError::Io(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH))
+    }
+}
+
 /// A tree as read, with what the reader still needs beside it.
 #[derive(Debug)]
 pub struct Dumped {

@@ -68,6 +68,8 @@ pub struct Outlook {
     /// o, what a round costs beside its bytes: about 0.3 ms for each GiB that is scanned, a round trip, and a fraction of a millisecond. Less than
     /// half a millisecond counts as that.
     pub overhead: Duration,
+    /// What the first round costs beside that: everything is tracked from then on, the copy is made, the congestion window grows.
+    pub first: Duration,
 }
 
 /// What a migration would be like.
@@ -113,8 +115,9 @@ pub fn forecast(limits: Limits, mode: Mode, outlook: &Outlook) -> Forecast {
     let mut planner = Planner::new(limits, mode, fixed);
     let (mut waiting, mut elapsed) = (outlook.total as f64, 0.0);
     let mut sent = Vec::new();
+    let mut first = outlook.first.as_secs_f64();
     loop {
-        let took = ratio * waiting / rate + overhead;
+        let took = ratio * waiting / rate + overhead + std::mem::take(&mut first);
         let dirtied = outlook.activity.dirtied(took).min(outlook.total as f64);
         elapsed += took;
         sent.push((waiting as u64, duration(took)));

@@ -372,7 +372,20 @@ fn outlook(total: u64, rate: f64) -> Outlook {
         rate: 500e6,
         fixed: ms(3.0),
         overhead: ms(1.0),
+        first: ms(0.0),
     }
+}
+
+/// The first round alone is longer, and so is what the program writes in it.
+#[test]
+fn what_the_first_round_costs_counts_once() {
+    let limits = limits();
+    let plain = outlook(16 << 20, 50e6);
+    let late = Outlook { first: ms(40.0), ..plain };
+    let [plain, late] = [plain, late].map(|o| forecast(limits, Mode::PreCopy, &o));
+    assert_eq!(late.sent[0].1 - plain.sent[0].1, ms(40.0));
+    assert!(late.sent[1].0 > plain.sent[1].0);
+    assert!((ms(40.0)..ms(50.0)).contains(&(late.total - plain.total)), "{late:?} and {plain:?}");
 }
 
 #[test]
@@ -551,7 +564,7 @@ proptest! {
             limits.rounds = u32::MAX;
             limits.time = Duration::from_secs(1 << 40);
         }
-        let outlook = Outlook { total, activity: Activity { rate, working_set: set }, ratio, rate: link, fixed, overhead: Duration::ZERO };
+        let outlook = Outlook { total, activity: Activity { rate, working_set: set }, ratio, rate: link, fixed, overhead: Duration::ZERO, first: Duration::ZERO };
         let f = forecast(limits, mode, &outlook);
         prop_assert!(f.rounds >= 1 && f.rounds <= limits.rounds.clamp(1, 500), "{:?}", f);
         prop_assert!(f.downtime >= duration(fixed.as_secs_f64()) && f.total >= f.downtime, "{:?}", f);

@@ -44,7 +44,11 @@ pub fn path(pid: i32, name: &str) -> PathBuf {
 /// Reads `/proc/PID/NAME`, naming it in the error.
 pub fn read(pid: i32, name: &str) -> io::Result<Vec<u8>> {
     let p = path(pid, name);
-    std::fs::read(&p).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", p.display())))
+    std::fs::read(&p).map_err(|e| match e.raw_os_error() {
+        // It has ended between open(2) and read(2): callers ask for that.
+        Some(libc::ESRCH) => e,
+        _ => io::Error::new(e.kind(), format!("{}: {e}", p.display())),
+    })
 }
 
 /// Thread ids of a process, ascending.

@@ -38,6 +38,11 @@ impl Fixed {
         }
     }
 
+    /// The first time that the copy gets a shape: its processes are made.
+    pub fn skeleton(counts: &Counts) -> Duration {
+        ms(2.0 + f64::from(counts.processes) + 0.1 * f64::from(counts.threads))
+    }
+
     /// A look at the tree.
     pub fn look(&mut self, p: &Prepared) {
         self.read = if self.looked { self.read.min(p.read) } else { p.read };

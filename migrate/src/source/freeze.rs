@@ -396,9 +396,6 @@ impl Snapshot {
 
     /// Takes out of the pages to send those that can follow after the resume, beyond `budget` bytes; what the destination holds of them goes.
     pub fn put_off(&mut self, budget: u64) -> io::Result<()> {
-        if !self.unseen.is_empty() {
-            return self.look_beside();
-        }
         let split = lazy::split(&self.tree, &self.names, std::mem::take(&mut self.plans), budget);
         for plan in &split.later {
             let held = self.held.iter().filter(|(space, _)| *space == plan.space);
@@ -409,7 +406,7 @@ impl Snapshot {
             }
         }
         (self.plans, self.later) = (split.now, split.later);
-        Ok(())
+        if self.unseen.is_empty() { Ok(()) } else { self.look_beside() }
     }
 }
 

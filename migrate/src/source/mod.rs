@@ -20,7 +20,7 @@ use crate::{
     lazy::serve::{self, Refusal, ServeError},
     oracle,
     procfs::{stat, status},
-    report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Report, SendOptions},
+    report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Range, Report, SendOptions},
     steps,
     sys::{misc, priority::Background},
     tracer::Tracer,
@@ -121,7 +121,8 @@ pub fn inventory_with(pid: i32, cache: &mut Cache) -> Result<Dumped, Failure> {
                     return Ok(d);
                 }
             }
-            Err(_) if !last && Path::new(&format!("/proc/{pid}")).exists() => {}
+            // A tree whose processes come and go on a host without a core to spare: a process that ends under the look says nothing of the rest.
+            Err(e) if (!last || e.vanished() && Instant::now() < end) && Path::new(&format!("/proc/{pid}")).exists() => {}
             Err(e) => {
                 let f = Failure::refused("inventory", pid, format!("cannot examine the tree: {e}"), Vec::new());
                 return Err(f.with_fix("run migrate as root, and see whether the process still runs"));
@@ -175,7 +176,9 @@ pub async fn send<C: Connector>(
     let options = options;
     let lazy = matches!(options.mode, Mode::Hybrid | Mode::PostCopy);
     let kind = match options.mode {
-        Mode::Stop | Mode::PostCopy => None,
+        Mode::Stop => None,
+        // Only where it stops nothing: else the look beside the freeze is better.
+        Mode::PostCopy => track::choose(options.tracker).ok().filter(|k| *k == track::Kind::WpAsync),
         _ => Some(track::choose(options.tracker).map_err(|e| {
             Failure::refused("preflight", pid, e, Vec::new()).with_fix("use --mode stop; `migrate check` says what this kernel offers")
         })?),
@@ -253,7 +256,7 @@ pub async fn send<C: Connector>(
         let before = start.elapsed();
         // For post-copy the sample is only to say how much will follow.
         let sampled = kind.or_else(|| lazy.then(|| track::choose(options.tracker).ok()).flatten());
-        let rounds = sampled.map(|kind| Rounds::new(pid, Some(kind), &inv, cache)).transpose();
+        let rounds = sampled.map(|kind| Rounds::new(pid, Some(kind), false, &inv, cache)).transpose();
         let basis = Basis {
             counts: &counts,
             options: &options,
@@ -271,6 +274,10 @@ pub async fn send<C: Connector>(
             pid,
             // What comes before the first round is done already.
             total_ms: p.total_ms + ms(before),
+            range: p.range.map(|r| Range {
+                total_ms: r.total_ms.map(|t| t + ms(before)),
+                ..r
+            }),
             agent_peak_rss: misc::peak_rss(),
             ..p
         });
@@ -290,7 +297,8 @@ pub async fn send<C: Connector>(
     };
     let tracked = match options.mode {
         Mode::PreCopy | Mode::Hybrid | Mode::PostCopy => {
-            let rounds = Rounds::new(pid, kind, &inv, cache).map_err(|e| Failure::failed("pre-copy", pid, e))?;
+            let rounds =
+                Rounds::new(pid, kind, options.mode == Mode::PostCopy, &inv, cache).map_err(|e| Failure::failed("pre-copy", pid, e))?;
             Some(Arc::new(Mutex::new(rounds)))
         }
         Mode::Stop => None,
@@ -526,6 +534,7 @@ pub async fn send<C: Connector>(
         total_ms: ms(start.elapsed()),
         bytes_sent,
         agent_peak_rss: misc::peak_rss(),
+        range: None,
     })
 }
 

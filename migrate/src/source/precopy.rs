@@ -28,6 +28,11 @@ const LETTING_GO: u32 = 4;
 /// Ranges that are dropped within the freeze as well as before it.
 const FEW_DROPS: usize = 400;
 
+/// Most rounds before the freeze of post-copy, for memory that cannot follow: shared memory above all.
+const BEFORE_POST_COPY: u32 = 4;
+/// Bytes of a round after which another one is not worth its while there.
+const LITTLE: u64 = 4 << 20;
+
 /// One `send` between the preflight and the frozen tree.
 pub struct Job<'a> {
     pub pid: i32,
@@ -73,10 +78,14 @@ impl Job<'_> {
         if let Some(t) = tracked {
             (self.events)(Event::Phase { phase: "pre-copy" });
             if self.options.mode == Mode::PostCopy {
-                // The shape alone: the freeze finds the skeleton built.
-                let p = self.look(t).await?;
-                self.round(link, t, p).await?;
-                self.rounds.clear();
+                // The shape, so that the freeze finds the skeleton built, and what cannot follow.
+                for _ in 0..BEFORE_POST_COPY {
+                    let p = self.look(t).await?;
+                    let (_, raw) = self.round(link, t, p).await?;
+                    if raw < LITTLE {
+                        break;
+                    }
+                }
             } else {
                 self.precopy(link, t).await?;
             }

@@ -9,8 +9,8 @@ use super::{
 use crate::{
     dump::pages::{self, SpacePlan},
     image::{PAGE, Tree},
-    plan::{self, Activity, Outlook, forecast},
-    report::{Downtime, Report, Round, SendOptions},
+    plan::{self, Activity, Forecast, Outlook, forecast},
+    report::{Downtime, Range, Report, Round, SendOptions},
     tracer::Tracer,
     wire::{self, Message, WireError},
 };
@@ -58,6 +58,9 @@ const PROBES: usize = 12;
 const AHEAD: usize = 3;
 /// Bytes that are read to see how well they compress, and how many are zeros.
 const LOOKED_AT: u64 = 2 << 20;
+/// What pages may be carried at, by what the probe was: on hosts short of cores reading and placing them takes of what the connection takes (0.5 to 0.8
+/// of it is left on two cores), and others may use the link. Where a program writes about as fast as that, all depends on it.
+const SHARES: [f64; 2] = [0.5, 1.5];
 
 /// What a prediction goes by, beside the link.
 pub struct Basis<'a> {
@@ -71,8 +74,16 @@ pub struct Basis<'a> {
     pub tracer: &'a Tracer,
 }
 
-/// What the link carries: bytes a second, and the round trip.
-async fn probe<L: Link>(link: &mut L) -> Result<(f64, Duration), WireError> {
+/// What the link was seen to carry.
+struct Probed {
+    /// Bytes a second.
+    rate: f64,
+    rtt: Duration,
+    /// By how much the first bytes were late, until the congestion window had grown.
+    ramp: Duration,
+}
+
+async fn probe<L: Link>(link: &mut L) -> Result<Probed, WireError> {
     // A small one for the round trip.
     let mut rtt = Duration::MAX;
     for _ in 0..3 {
@@ -85,10 +96,12 @@ async fn probe<L: Link>(link: &mut L) -> Result<(f64, Duration), WireError> {
     let mut bytes = vec![0u8; PROBE];
     let _ = File::open("/dev/urandom").and_then(|mut f| io::Read::read_exact(&mut f, &mut bytes));
     let message = Message::Probe(bytes);
+    let start = Instant::now();
     for _ in 0..AHEAD {
         wire::send(link, &message).await?;
     }
     answered(link).await?;
+    let first = start.elapsed();
     let began = Instant::now();
     for k in 1..PROBES {
         if k + AHEAD <= PROBES {
@@ -97,7 +110,8 @@ async fn probe<L: Link>(link: &mut L) -> Result<(f64, Duration), WireError> {
         answered(link).await?;
     }
     let rate = ((PROBES - 1) * PROBE) as f64 / began.elapsed().as_secs_f64().max(1e-9);
-    Ok((rate, rtt))
+    let ramp = first.saturating_sub(Duration::from_secs_f64(PROBE as f64 / rate));
+    Ok(Probed { rate, rtt, ramp })
 }
 
 async fn answered<L: Link>(link: &mut L) -> Result<(), WireError> {
@@ -117,6 +131,8 @@ struct Sample {
     compression: (f64, f64),
     /// Share of pages that are not zero.
     content: f64,
+    /// The first look: everything is tracked from then on.
+    first: Duration,
 }
 
 /// The sample, with what the looks say of a freeze.
@@ -124,7 +140,9 @@ type Sampled = (Sample, Fixed);
 
 /// Watches the tree's writes. It is stopped for an instant when the tracker is attached; with soft-dirty at each look.
 fn sample(mut rounds: Rounds, mut fixed: Fixed) -> io::Result<Sampled> {
+    let began = Instant::now();
     let mut last = rounds.look()?;
+    let first = began.elapsed();
     fixed.look(&last);
     let total = last.dirty;
     let (compression, content) = look_into(&last)?;
@@ -142,6 +160,7 @@ fn sample(mut rounds: Rounds, mut fixed: Fixed) -> io::Result<Sampled> {
         total,
         compression,
         content,
+        first,
     };
     Ok((sample, fixed))
 }
@@ -187,8 +206,9 @@ fn look_into(p: &Prepared) -> io::Result<((f64, f64), f64)> {
 /// migration leads a simulation of it. Nothing is moved.
 pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, WireError> {
     let Basis { counts: c, options, .. } = basis;
-    let (measured, rtt) = probe(link).await?;
-    let rate = options.bandwidth.map_or(measured, |b| measured.min(b as f64));
+    let Probed { rate: measured, rtt, ramp } = probe(link).await?;
+    let limited = |rate: f64| options.bandwidth.map_or(rate, |b| rate.min(b as f64));
+    let rate = limited(measured);
     let fixed = Fixed::new(c, rtt);
     let (seen, fixed) = match basis.rounds {
         Some(rounds) => {
@@ -223,8 +243,20 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
         rate,
         fixed: fixed.now(),
         overhead: fixed.round() + rtt,
+        first: seen.first + Fixed::skeleton(c) + ramp,
     };
     let f = forecast(options.limits(), options.mode, &outlook);
+    let all = SHARES.map(|share| {
+        let outlook = Outlook {
+            rate: limited(measured * share),
+            ..outlook
+        };
+        forecast(options.limits(), options.mode, &outlook)
+    });
+    let range = |of: fn(&Forecast) -> Duration| {
+        let all = all.iter().chain([&f]).map(|f| ms(of(f)));
+        all.fold([f64::INFINITY, 0.0], |[least, most], x| [least.min(x), most.max(x)])
+    };
     let rounds: Vec<Round> = f
         .sent
         .iter()
@@ -251,6 +283,10 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
             ..Default::default()
         },
         total_ms: ms(f.total),
+        range: Some(Range {
+            downtime_ms: range(|f| f.downtime),
+            total_ms: range(|f| f.total),
+        }),
         ..Default::default()
     })
 }

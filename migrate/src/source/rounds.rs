@@ -173,7 +173,7 @@ impl Prepared {
 pub struct Rounds {
     root: i32,
     host: Host,
-    /// None: nothing is tracked, and only the shape of the tree is looked at; its pages follow after the resume.
+    /// None: nothing is tracked, and only the shape of the tree is looked at; its pages are looked for after the freeze and follow.
     kind: Option<track::Kind>,
     cache: Cache,
     tracks: Tracks,
@@ -196,15 +196,15 @@ pub struct Tracks {
     before: Option<Option<(Tree, Names)>>,
     /// Memory that the destination has to drop and was not told of yet.
     drops: Vec<(u32, u64, u64)>,
-    /// Pages that can follow are not looked for in the freeze.
+    /// Pages that can follow are not sent in rounds; and in the freeze they are not looked for where they are not tracked.
     lazy: bool,
     /// Objects of the inventory that nothing maps: only descriptors lead to them.
     unmapped: Vec<((u64, u64), crate::image::Object, File)>,
 }
 
 impl Rounds {
-    /// Starts from the inventory. `cache`: what that has learnt.
-    pub fn new(root: i32, kind: Option<track::Kind>, inventory: &Dumped, mut cache: Cache) -> io::Result<Rounds> {
+    /// Starts from the inventory. `lazy`: pages that can follow are going to. `cache`: what the inventory has learnt.
+    pub fn new(root: i32, kind: Option<track::Kind>, lazy: bool, inventory: &Dumped, mut cache: Cache) -> io::Result<Rounds> {
         cache.tracked = kind.is_some();
         let mapped = mapped_objects(&inventory.tree);
         let mut unmapped = Vec::new();
@@ -234,7 +234,7 @@ impl Rounds {
                 told: None,
                 before: None,
                 drops: Vec::new(),
-                lazy: kind.is_none(),
+                lazy,
                 unmapped,
             },
         })
@@ -556,7 +556,11 @@ impl Rounds {
             s.recent.truncate(HOT - 1);
             // A mapping may be missing from this list only because it changed while the list was made: what is owed of it stays owed.
             let owed = s.owed.intersection(&private);
-            let send = owed.difference(&hot);
+            let mut send = owed.difference(&hot);
+            if t.lazy {
+                let waits = d.tree.mms[p.mm as usize].vmas.iter().filter(|v| lazy::can_wait(v));
+                send.subtract(&PageSet::from_ranges(waits.map(|v| (v.start, v.end))));
+            }
             out.dirty += owed.bytes();
             out.hot += hot.bytes();
             if send.is_empty() {
