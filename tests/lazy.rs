@@ -1,7 +1,7 @@
 //! What a program may do while pages are missing: each operation is done over and over while its memory arrives slowly, and the program looks for
 //! itself whether every page is what it should be.
 
-use migrate_harness::{Ended, Guest, Stdio, skip, two_hosts, within};
+use migrate_harness::{Ended, Guest, Hosts, Stdio, skip, two_hosts, within};
 use std::time::Duration;
 
 /// Slow: 88 MiB take about two seconds, in which the operation is done hundreds of times.
@@ -135,25 +135,24 @@ fn shared_memory_does_not_lengthen_the_freeze_of_post_copy() {
     if !tracks() {
         return;
     }
-    let hosts = two_hosts!();
-    let options = [("mib", "64"), ("shared", "1"), ("dirty", "2"), ("period-us", "2000")];
-    let guest = Guest::start(&hosts.a, "ballast", &options);
-    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "post-copy"]);
-    guest.verify("on b");
-    let pages = |round: &serde_json::Value| round["pages"].as_u64().expect("pages");
-    let rounds = moved.report["rounds"].as_array().expect("rounds");
-    let (last, before) = rounds.split_last().expect("a round");
-    assert!(before.iter().map(pages).sum::<u64>() >= 64 << 8, "{}", moved.report);
-    assert!(pages(last) < 16 << 8, "{}", moved.report);
-    let hosts = two_hosts!();
-    let guest = Guest::start(&hosts.a, "ballast", &options);
+    // Pages in the rounds before the freeze, and in the freeze.
+    let moved = |hosts: &Hosts, how: &[&str]| {
+        let options = [("mib", "64"), ("shared", "1"), ("dirty", "2"), ("period-us", "2000")];
+        let guest = Guest::start(&hosts.a, "ballast", &options);
+        let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, how);
+        guest.verify("on b");
+        guest.quit();
+        let rounds = moved.report["rounds"].as_array().expect("rounds");
+        let mut pages: Vec<u64> = rounds.iter().map(|r| r["pages"].as_u64().expect("pages")).collect();
+        let last = pages.pop().expect("a round");
+        (pages.iter().sum::<u64>(), last)
+    };
+    let (before, last) = moved(&two_hosts!(), &["--mode", "post-copy"]);
+    assert!(before >= 64 << 8, "{before} and {last} pages");
+    assert!(last < 16 << 8, "{before} and {last} pages");
     // Without a tracker, as where the kernel has none.
-    let how = ["--mode", "post-copy", "--tracker", "soft-dirty"];
-    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &how);
-    guest.verify("on b");
-    let rounds = moved.report["rounds"].as_array().expect("rounds");
-    assert!(pages(rounds.last().expect("a round")) >= 64 << 8, "{}", moved.report);
-    guest.quit();
+    let (before, last) = moved(&two_hosts!(), &["--mode", "post-copy", "--tracker", "soft-dirty"]);
+    assert!(last >= 64 << 8, "{before} and {last} pages");
 }
 
 #[test]

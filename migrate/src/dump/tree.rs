@@ -33,9 +33,9 @@ pub enum DumpError {
 }
 
 impl DumpError {
-    /// Something was gone when it was looked at: a process or thread that has ended in between, most likely.
+    /// See [`procfs::vanished`].
     pub fn vanished(&self) -> bool {
-        matches!(self, DumpError::Io(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH))
+        matches!(self, DumpError::Io(e) if procfs::vanished(e))
     }
 }
 

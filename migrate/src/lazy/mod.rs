@@ -40,6 +40,11 @@ pub fn can_wait(v: &Vma) -> bool {
     v.backing == Backing::Anonymous && !v.shared && !f.locked && !f.lock_on_fault && !f.wipe_on_fork && !f.droppable
 }
 
+/// The memory of an address space in which they can.
+pub fn waiting(vmas: &[Vma]) -> PageSet {
+    PageSet::from_ranges(vmas.iter().filter(|v| can_wait(v)).map(|v| (v.start, v.end)))
+}
+
 /// A frozen tree's pages, by when they are sent.
 #[derive(Debug, Default)]
 pub struct Split {
@@ -65,9 +70,8 @@ pub fn split(tree: &Tree, names: &Names, plans: Vec<SpacePlan>, budget: u64) -> 
             continue;
         };
         let Some(mm) = tree.mms.get(m) else { continue };
-        let can = PageSet::from_ranges(mm.vmas.iter().filter(|v| can_wait(v)).map(|v| (v.start, v.end)));
         let all = PageSet::from_ranges(plan.ranges.iter().copied());
-        let mut later = all.intersection(&can);
+        let mut later = all.intersection(&waiting(&mm.vmas));
         later.subtract(&first(tree, m));
         if later.bytes() <= spare {
             spare -= later.bytes();

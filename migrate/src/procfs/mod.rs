@@ -51,6 +51,11 @@ pub fn read(pid: i32, name: &str) -> io::Result<Vec<u8>> {
     })
 }
 
+/// Whether what was looked at is gone: its process or thread has ended in between, most likely.
+pub fn vanished(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)
+}
+
 /// Thread ids of a process, ascending.
 pub fn tasks(pid: i32) -> io::Result<Vec<i32>> {
     let mut v: Vec<i32> = std::fs::read_dir(path(pid, "task"))?

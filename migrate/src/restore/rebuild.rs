@@ -1060,7 +1060,7 @@ impl Drop for Rebuild {
 fn unmap(pid: i32, range: (u64, u64)) -> io::Result<()> {
     let maps = match maps::maps(pid) {
         // It ended meanwhile, or runs another program: nothing is left to do.
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ESRCH | libc::ENOENT)) || e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if procfs::vanished(&e) => return Ok(()),
         m => m?,
     };
     if !maps.iter().any(|m| m.start < range.1 && m.end > range.0) {

@@ -307,7 +307,7 @@ impl Snapshot {
         for u in &self.unseen {
             let Some(mm) = self.tree.mms.get(u.mm) else { continue };
             let waits: Vec<Vma> = mm.vmas.iter().filter(|v| lazy::can_wait(v)).cloned().collect();
-            let mut all = PageSet::from_ranges(waits.iter().map(|v| (v.start, v.end)));
+            let mut all = lazy::waiting(&mm.vmas);
             // What the first steps need goes now: a few pages, which are looked at here.
             let pagemap = Pagemap::open(u.pid)?;
             let mut now = Vec::new();

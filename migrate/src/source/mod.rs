@@ -20,7 +20,7 @@ use crate::{
     lazy::serve::{self, Refusal, ServeError},
     oracle,
     procfs::{stat, status},
-    report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Range, Report, SendOptions},
+    report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Report, SendOptions},
     steps,
     sys::{misc, priority::Background},
     tracer::Tracer,
@@ -253,6 +253,7 @@ pub async fn send<C: Connector>(
     let tracer = Tracer::start().map_err(|e| Failure::failed("freeze", pid, e))?;
     if options.dry_run {
         phase("predict");
+        // What comes before the first round is done already.
         let before = start.elapsed();
         // For post-copy the sample is only to say how much will follow.
         let sampled = kind.or_else(|| lazy.then(|| track::choose(options.tracker).ok()).flatten());
@@ -262,6 +263,7 @@ pub async fn send<C: Connector>(
             options: &options,
             rounds: rounds.map_err(|e| Failure::failed("predict", pid, e))?,
             tracer: &tracer,
+            before,
         };
         let p = tokio::select! {
             p = predict(&mut link, basis) => p.map_err(lost("predict"))?,
@@ -272,12 +274,6 @@ pub async fn send<C: Connector>(
             outcome: "predicted".into(),
             id,
             pid,
-            // What comes before the first round is done already.
-            total_ms: p.total_ms + ms(before),
-            range: p.range.map(|r| Range {
-                total_ms: r.total_ms.map(|t| t + ms(before)),
-                ..r
-            }),
             agent_peak_rss: misc::peak_rss(),
             ..p
         });

@@ -59,8 +59,8 @@ const AHEAD: usize = 3;
 /// Bytes that are read to see how well they compress, and how many are zeros.
 const LOOKED_AT: u64 = 2 << 20;
 /// What pages may be carried at, by what the probe was: on hosts short of cores reading and placing them takes of what the connection takes (0.5 to 0.8
-/// of it is left on two cores), and others may use the link. Where a program writes about as fast as that, all depends on it.
-const SHARES: [f64; 2] = [0.5, 1.5];
+/// of it is left on two cores), and others may use the link. Where a program writes about as fast as that, all depends on it. The prediction is the middle one.
+const SHARES: [f64; 3] = [0.5, 1.0, 1.5];
 
 /// What a prediction goes by, beside the link.
 pub struct Basis<'a> {
@@ -72,6 +72,8 @@ pub struct Basis<'a> {
     pub rounds: Option<Rounds>,
     /// Where it looks.
     pub tracer: &'a Tracer,
+    /// What the migration has taken when its first round begins.
+    pub before: Duration,
 }
 
 /// What the link was seen to carry.
@@ -245,7 +247,6 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
         overhead: fixed.round() + rtt,
         first: seen.first + Fixed::skeleton(c) + ramp,
     };
-    let f = forecast(options.limits(), options.mode, &outlook);
     let all = SHARES.map(|share| {
         let outlook = Outlook {
             rate: limited(measured * share),
@@ -253,10 +254,12 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
         };
         forecast(options.limits(), options.mode, &outlook)
     });
-    let range = |of: fn(&Forecast) -> Duration| {
-        let all = all.iter().chain([&f]).map(|f| ms(of(f)));
+    let range = |of: &dyn Fn(&Forecast) -> Duration| {
+        let all = all.iter().map(|f| ms(of(f)));
         all.fold([f64::INFINITY, 0.0], |[least, most], x| [least.min(x), most.max(x)])
     };
+    let total = |f: &Forecast| basis.before + f.total;
+    let f = &all[1];
     let rounds: Vec<Round> = f
         .sent
         .iter()
@@ -282,10 +285,10 @@ pub async fn predict<L: Link>(link: &mut L, basis: Basis<'_>) -> Result<Report, 
             restore_ms: ms(f.downtime) - last,
             ..Default::default()
         },
-        total_ms: ms(f.total),
+        total_ms: ms(total(f)),
         range: Some(Range {
-            downtime_ms: range(|f| f.downtime),
-            total_ms: range(|f| f.total),
+            downtime_ms: range(&|f| f.downtime),
+            total_ms: range(&total),
         }),
         ..Default::default()
     })

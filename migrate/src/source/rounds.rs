@@ -293,9 +293,7 @@ impl Rounds {
             let Some(mm) = names.spaces.iter().position(|n| *n == s.name).and_then(|m| tree.mms.get(m)) else {
                 continue;
             };
-            let can = mm.vmas.iter().filter(|v| lazy::can_wait(v));
-            let can = PageSet::from_ranges(can.map(|v| (v.start, v.end)));
-            let stale = s.owed.intersection(&s.held).intersection(&can);
+            let stale = s.owed.intersection(&s.held).intersection(&lazy::waiting(&mm.vmas));
             drops.extend(stale.ranges().iter().map(|r| (s.name, r.0, r.1)));
             s.held.subtract(&stale);
         }
@@ -558,8 +556,7 @@ impl Rounds {
             let owed = s.owed.intersection(&private);
             let mut send = owed.difference(&hot);
             if t.lazy {
-                let waits = d.tree.mms[p.mm as usize].vmas.iter().filter(|v| lazy::can_wait(v));
-                send.subtract(&PageSet::from_ranges(waits.map(|v| (v.start, v.end))));
+                send.subtract(&lazy::waiting(&d.tree.mms[p.mm as usize].vmas));
             }
             out.dirty += owed.bytes();
             out.hot += hot.bytes();
