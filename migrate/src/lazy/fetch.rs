@@ -163,6 +163,19 @@ impl<L: Link> Drain<L> {
         tokio::spawn(pump(link, rx, self.shared.clone(), channel == Channel::Faults))
     }
 
+    /// A new connection, in the place of an earlier one.
+    async fn take(&self, channel: Channel, link: L, pump: &mut Option<tokio::task::JoinHandle<bool>>) -> io::Result<()> {
+        let handle = self.attach(channel, link);
+        let m = if channel == Channel::Bulk {
+            *pump = Some(handle);
+            // Its answer is what the new connection begins with.
+            ToKeeper::List
+        } else {
+            ToKeeper::Again
+        };
+        self.shared.tell(&m).await
+    }
+
     /// Runs to the end of the drain. `bulk`: the control stream, when there is one yet.
     pub async fn run(mut self, bulk: Option<L>, events: &Events, cancel: &CancellationToken) -> Result<Drained, String> {
         let mut pump: Option<tokio::task::JoinHandle<bool>> = bulk.map(|l| self.attach(Channel::Bulk, l));
@@ -172,32 +185,12 @@ impl<L: Link> Drain<L> {
         let (mut done, mut total) = (0, None);
         let mut tick = tokio::time::interval(Duration::from_millis(500));
         let lost = |e: io::Error| format!("the keeper of the copy's memory cannot be reached any more: {e}");
+        // The connection that asks for it is there before the answer that may be.
+        while let Ok((channel, link)) = self.links.try_recv() {
+            self.take(channel, link, &mut pump).await.map_err(lost)?;
+        }
         loop {
-            tokio::select! {
-                n = self.reader.read_buf(&mut self.buf) => if n.map_err(lost)? == 0 {
-                    return Err(lost(io::ErrorKind::UnexpectedEof.into()));
-                },
-                Some((channel, link)) = self.links.recv() => {
-                    let handle = self.attach(channel, link);
-                    let m = if channel == Channel::Bulk {
-                        pump = Some(handle);
-                        // Its answer is what the new connection begins with.
-                        ToKeeper::List
-                    } else {
-                        ToKeeper::Again
-                    };
-                    self.shared.tell(&m).await.map_err(lost)?;
-                }
-                () = cancel.cancelled(), if !asked => {
-                    asked = true;
-                    events(Event::Note { text: "the program runs here already, and pages it needs are still on their way: this goes on until they have arrived".into() });
-                }
-                _ = tick.tick() => {
-                    if asked && !self.shared.linked() {
-                        return Err("interrupted while the source cannot be reached: the program waits for pages; start `migrate receive` again with the same --state-dir".into());
-                    }
-                }
-            }
+            // Before anything is waited for: some may have been read along with the hello, and nothing need follow it.
             while let Some(m) = decoded::<FromKeeper>(&mut self.buf).map_err(lost)? {
                 match m {
                     FromKeeper::Fault { name, at } => {
@@ -235,6 +228,21 @@ impl<L: Link> Drain<L> {
                             _ => false,
                         };
                         return Ok(Drained { stats: *stats, heard });
+                    }
+                }
+            }
+            tokio::select! {
+                n = self.reader.read_buf(&mut self.buf) => if n.map_err(lost)? == 0 {
+                    return Err(lost(io::ErrorKind::UnexpectedEof.into()));
+                },
+                Some((channel, link)) = self.links.recv() => self.take(channel, link, &mut pump).await.map_err(lost)?,
+                () = cancel.cancelled(), if !asked => {
+                    asked = true;
+                    events(Event::Note { text: "the program runs here already, and pages it needs are still on their way: this goes on until they have arrived".into() });
+                }
+                _ = tick.tick() => {
+                    if asked && !self.shared.linked() {
+                        return Err("interrupted while the source cannot be reached: the program waits for pages; start `migrate receive` again with the same --state-dir".into());
                     }
                 }
             }
@@ -278,5 +286,35 @@ async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, s
                 });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::ipc::Channel as Socket, *};
+    use migrate_transport::memory::MemoryLink;
+
+    /// A keeper that an agent finds again says two things at once, and nothing after them.
+    #[tokio::test]
+    async fn what_came_with_the_hello_is_heard() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let ring = tempfile::tempfile().unwrap();
+        ring.set_len(super::super::ipc::RING as u64).unwrap();
+        let mut keeper = Socket::new(theirs);
+        keeper.send(&FromKeeper::Hello, &[]).unwrap();
+        let stats = Stats {
+            pushed: 7,
+            ..Stats::default()
+        };
+        keeper.send(&FromKeeper::Drained(Box::new(stats.clone())), &[]).unwrap();
+        let mut channel = Socket::new(ours);
+        assert!(matches!(channel.recv().unwrap(), FromKeeper::Hello));
+        let ring = Region::map(&ring, super::super::ipc::RING, 0).unwrap();
+        let (_tx, links) = mpsc::unbounded_channel();
+        let drain = Drain::<MemoryLink>::new(Keeper { channel, ring }, links).unwrap();
+        let (events, cancel): (Events, _) = (Arc::new(|_| {}), CancellationToken::new());
+        let ran = tokio::time::timeout(Duration::from_secs(10), drain.run(None, &events, &cancel)).await;
+        assert_eq!(ran.expect("it goes on by itself").unwrap().stats, stats);
+        assert!(matches!(keeper.recv().unwrap(), ToKeeper::Bye));
     }
 }

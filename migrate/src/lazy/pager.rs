@@ -192,6 +192,8 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
 
 impl Keeper {
     fn work(&mut self) -> io::Result<()> {
+        // What was read along with the start is in no socket any more, and nothing may follow it.
+        self.hear();
         loop {
             let busy = !self.urgent.is_empty() || !self.bulk.is_empty();
             let wait = if busy {
@@ -629,6 +631,64 @@ fn latency(ns: &mut [u64]) -> FaultLatency {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A keeper that comes late finds the start and all the pages in one read.
+    #[test]
+    fn pages_that_come_along_with_the_start_are_put_in_place() {
+        let Ok(uffd) = Userfault::own_missing() else {
+            return eprintln!("SKIP pages_that_come_along_with_the_start_are_put_in_place: no userfaultfd");
+        };
+        let ring_fd = tempfile::tempfile().unwrap();
+        ring_fd.set_len(RING as u64).unwrap();
+        let ring = Region::map(&ring_fd, RING, 0).unwrap();
+        ring.write(0, &[7; PAGE as usize]);
+        // SAFETY: a new mapping; the result is checked.
+        let at = unsafe {
+            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            libc::mmap(std::ptr::null_mut(), PAGE as usize, prot, flags, -1, 0)
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        let (start, end) = (at as u64, at as u64 + PAGE);
+        uffd.register_missing(start, end, false).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut agent = Channel::new(ours);
+        let socket = dir.path().join("keeper").to_string_lossy().into_owned();
+        agent.send(&ToKeeper::Setup { socket }, &[&ring_fd]).unwrap();
+        let space = ToKeeper::Space {
+            regions: vec![(start, end, 0, start)],
+            missing: vec![(start, end)],
+            expected: None,
+        };
+        agent.send(&space, &[&uffd]).unwrap();
+        agent.send(&ToKeeper::Start, &[]).unwrap();
+        let frame = ToKeeper::Frame {
+            slot: 0,
+            urgent: false,
+            runs: vec![(0, start, 1, false)],
+        };
+        agent.send(&frame, &[]).unwrap();
+        drop(uffd);
+        let keeper = std::thread::spawn(move || run(theirs));
+        let end = Instant::now() + Duration::from_secs(10);
+        let mut free = 0;
+        loop {
+            assert!(Instant::now() < end, "it goes on by itself");
+            assert!(agent.fill(false).unwrap());
+            match agent.message::<FromKeeper>().unwrap() {
+                None => std::thread::sleep(Duration::from_millis(1)),
+                Some(FromKeeper::Free { .. }) => free += 1,
+                Some(FromKeeper::Drained(stats)) => break assert_eq!((free, stats.pushed), (1, 1)),
+                Some(other) => panic!("{other:?}"),
+            }
+        }
+        agent.send(&ToKeeper::Bye, &[]).unwrap();
+        keeper.join().unwrap().unwrap();
+        // SAFETY: our own mapping, whose page is there by now.
+        assert_eq!(unsafe { at.cast::<u8>().read_volatile() }, 7);
+        // SAFETY: as above; nothing refers to it any more.
+        unsafe { libc::munmap(at, PAGE as usize) };
+    }
 
     #[test]
     fn latencies_are_summed_up() {
