@@ -41,6 +41,7 @@ moved! {
     random_memory_being_written: "ballast" &[("mib", "64"), ("dirty", "50")];
     memory_of_every_kind: "memory" &[];
     threads_with_storage_locks_and_rseq: "threads" &[];
+    restartable_sequences: "rseq" &[];
     registers_of_every_unit: "xstate" &[];
     signals_that_wait_and_handlers: "signals" &[];
     timers_of_every_kind: "timers" &[];

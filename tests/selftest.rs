@@ -88,6 +88,7 @@ unmoved! {
     guest_signals: "signals" &[];
     guest_timers: "timers" &[];
     guest_restart: "restart" &[("wait-ms", "1000")];
+    guest_rseq: "rseq" &[];
     guest_tree: "tree" &[];
     guest_fds: "fds" &[];
     guest_files: "files" &[("count", "2000")];

@@ -6,9 +6,10 @@
 
 use crate::{
     arch::{self, inject_stub, pilot::RECORD, pilot::Record},
+    image::Regs,
     procfs::{maps, status},
     sys::{mem::Mem, ptrace, region::Region},
-    tracer::{Proc, Task},
+    tracer::{Frozen, Proc, Task},
 };
 use std::{
     fs::OpenOptions,
@@ -93,51 +94,28 @@ impl Injector {
     pub fn attach(p: &Proc, maps: &[maps::Mapping], inner: &[i32]) -> Result<Injector, InjectError> {
         let pid = p.pid;
         let io = |what| move |source| InjectError::Io { pid, what, source };
-        let vdso = maps.iter().find(|m| m.name == b"[vdso]").ok_or(InjectError::Unfit {
-            pid,
-            reason: "has no [vdso] mapping to run the stub in".into(),
-        })?;
-        let mem = Mem::open(pid).map_err(io("open /proc/PID/mem"))?;
-        let base = stub_base(&mem, vdso.start, vdso.end)
-            .map_err(io("read the vdso"))?
-            .ok_or(InjectError::Unfit {
-                pid,
-                reason: "its vdso has no room for the stub".into(),
-            })?;
+        let (mem, base) = place(pid, maps)?;
         let signals = pick_signals(p).map_err(io("read signal masks"))?;
-        let signal = signals[0].unwrap_or(libc::SIGURG);
         let leader = &p.tasks[0];
         let len = (HEAD + LEADER + SLICE * (p.tasks.len() - 1)) as u64;
-        let back = arch::restart_in_place(&leader.regs);
-        let stub = inject_stub::build(base, &back, 0, 0, signal);
-        mem.write(base, &stub.code).map_err(io("write the stub"))?;
-        let mut r = leader.regs;
-        r.rip = base + stub.boot;
-        r.rax = libc::SYS_mmap as u64;
-        r.rdi = 0;
-        r.rsi = len;
-        r.rdx = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-        r.r10 = (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64;
-        r.r8 = u64::MAX;
-        r.r9 = 0;
-        r.r12 = inner[0] as u64;
-        r.r13 = inner[0] as u64;
-        r.r15 = if signals[0].is_none() { LINGER } else { 0 };
-        r.orig_rax = u64::MAX;
-        start(leader, &r).map_err(io("start the stub"))?;
-        let stop = match signals[0] {
-            Some(s) => wait_for(leader.tid, s),
-            None => interrupt_at(leader.tid, |rip| {
-                (base + stub.boot_spin.start..base + stub.boot_spin.end).contains(&rip)
-            }),
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let site = Site {
+            pid,
+            inner_tgid: inner[0],
+            mem: &mem,
+            base,
+            signal: signals[0],
         };
-        let after = ptrace::regs(leader.tid);
-        ptrace::set_regs(leader.tid, &leader.regs).map_err(io("restore registers"))?;
-        stop.map_err(|e| e.into_inject(pid))?;
-        let table = after.map_err(io("read registers"))?.r14;
-        if (table as i64) < 0 && (table as i64) > -4096 {
-            return Err(io("map the shared table")(io::Error::from_raw_os_error(-(table as i64) as i32)));
+        let back = arch::restart_in_place(&leader.regs);
+        let made = site.call(leader, &back, libc::SYS_mmap, [0, len, prot as u64, flags as u64, u64::MAX, 0])?;
+        if let Some((tid, signal)) = made.signal {
+            return Err(InjectError::Signal { tid, signal });
         }
+        let table = match made.ret {
+            Some(r) if r < 0 && r > -4096 => return Err(io("map the shared table")(io::Error::from_raw_os_error(-r as i32))),
+            r => r.unwrap_or_default() as u64,
+        };
         let path = format!("/proc/{pid}/map_files/{table:x}-{:x}", table + len);
         let file = OpenOptions::new()
             .read(true)
@@ -147,7 +125,7 @@ impl Injector {
         let region = Region::map(&file, len as usize, table).map_err(io("map the shared table here"))?;
         region.write(0, MAGIC);
         // From here on the way back also unmaps the table.
-        let stub = inject_stub::build(base, &back, table, len, signal);
+        let stub = inject_stub::build(base, &back, table, len, signals[0].unwrap_or(libc::SIGURG));
         mem.write(base, &stub.code).map_err(io("write the stub"))?;
         let tids = p.tasks.iter().map(|t| t.tid).zip(inner.iter().copied()).collect();
         Ok(Injector {
@@ -306,27 +284,165 @@ impl Injector {
             .collect())
     }
 
-    /// Leaves the leader with registers that unmap the table and then go on where it was; the caller thaws it.
+    /// Unmaps the table. Nobody is in the stub then, and every task of the tree is stopped where it was, or where a signal that came meanwhile has led it.
     ///
     /// Until then the table stays mapped, which is harmless in a tree that is going to be killed.
-    pub fn leave(self, leader: &mut Task) -> Result<(), InjectError> {
-        let io = |what| {
-            move |source| InjectError::Io {
-                pid: self.pid,
-                what,
-                source,
+    pub fn leave(self, f: &mut Frozen) -> Result<(), InjectError> {
+        let pid = self.pid;
+        let failed = |what, source| InjectError::Io { pid, what, source };
+        for _ in 0..100 {
+            let leader = f.procs.iter().find(|p| p.pid == pid).and_then(|p| p.tasks.first());
+            // Ended, with all its memory.
+            let Some(leader) = leader.filter(|t| t.tid == pid) else {
+                return Ok(());
+            };
+            let site = Site {
+                pid,
+                inner_tgid: self.inner_tgid,
+                mem: &self.mem,
+                base: self.base,
+                signal: self.signals[0],
+            };
+            let back = arch::restart_in_place(&leader.regs);
+            let made = site.call(leader, &back, libc::SYS_munmap, [self.region.remote, self.len, 0, 0, 0, 0])?;
+            if let Some((tid, signal)) = made.signal {
+                f.deliver(tid, signal).map_err(|e| failed("deliver a signal", e))?;
             }
-        };
+            match made.ret {
+                None => {}
+                Some(r) if r < 0 => return Err(failed("unmap the shared table", io::Error::from_raw_os_error(-r as i32))),
+                Some(_) => return Ok(()),
+            }
+        }
+        Err(failed("unmap the shared table", io::Error::other("signals kept coming")))
+    }
+
+    /// For a tree that must not run any more on this agent's account: leaves the leader with registers that unmap the table, and then go on where it was, if
+    /// somebody lets it go on one day.
+    pub fn leave_behind(self, leader: &mut Task) -> Result<(), InjectError> {
         let back = arch::restart_in_place(&leader.regs);
         let stub = inject_stub::build(self.base, &back, self.region.remote, self.len, libc::SIGURG);
-        self.mem.write(self.base, &stub.code).map_err(io("write the stub"))?;
+        self.mem.write(self.base, &stub.code).map_err(|source| InjectError::Io {
+            pid: self.pid,
+            what: "write the stub",
+            source,
+        })?;
         leader.regs.rip = self.base + stub.exit;
         leader.regs.orig_rax = u64::MAX;
         Ok(())
     }
 }
 
-fn start(task: &Task, r: &crate::image::Regs) -> io::Result<()> {
+/// A place for the stub in a stopped process.
+struct Site<'a> {
+    pid: i32,
+    inner_tgid: i32,
+    mem: &'a Mem,
+    base: u64,
+    /// The signal that ends a call; `None`: the task lingers.
+    signal: Option<i32>,
+}
+
+/// What became of a single call.
+struct Called {
+    /// What it returned; `None`: it was not made.
+    ret: Option<i64>,
+    /// A signal that came instead of the end or before it, (task, number). It has not been delivered.
+    signal: Option<(i32, i32)>,
+}
+
+impl Site<'_> {
+    /// Has the leader make one call. Whatever comes of it, it is stopped afterwards with the registers that it had. `back`: how it goes on if this agent dies
+    /// meanwhile.
+    fn call(&self, leader: &Task, back: &Regs, nr: i64, args: [u64; 6]) -> Result<Called, InjectError> {
+        let pid = self.pid;
+        let io = |what| move |source| InjectError::Io { pid, what, source };
+        let stub = inject_stub::build(self.base, back, 0, 0, self.signal.unwrap_or(libc::SIGURG));
+        self.mem.write(self.base, &stub.code).map_err(io("write the stub"))?;
+        let begin = self.base + stub.boot;
+        let mut r = leader.regs;
+        r.rip = begin;
+        r.rax = nr as u64;
+        [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = args;
+        r.r12 = self.inner_tgid as u64;
+        r.r13 = self.inner_tgid as u64;
+        r.r15 = if self.signal.is_none() { LINGER } else { 0 };
+        r.orig_rax = u64::MAX;
+        start(leader, &r).map_err(io("start the stub"))?;
+        let stop = match self.signal {
+            Some(s) => wait_for(leader.tid, s),
+            None => interrupt_at(leader.tid, |rip| {
+                (self.base + stub.boot_spin.start..self.base + stub.boot_spin.end).contains(&rip)
+            }),
+        };
+        let after = ptrace::regs(leader.tid);
+        ptrace::set_regs(leader.tid, &leader.regs).map_err(io("restore registers"))?;
+        let signal = match stop {
+            Ok(()) => None,
+            Err(WaitError::Signal(tid, signal)) => Some((tid, signal)),
+            Err(e) => return Err(e.into_inject(pid)),
+        };
+        let after = after.map_err(io("read registers"))?;
+        // A signal is delivered on the way out of the call, or before it has begun.
+        let ret = match signal {
+            None => Some(after.r14 as i64),
+            Some(_) if after.rip == begin => None,
+            Some(_) if after.rip == begin + SYSCALL => Some(after.rax as i64),
+            Some(_) => Some(after.r14 as i64),
+        };
+        Ok(Called { ret, signal })
+    }
+}
+
+/// Bytes of the instruction.
+const SYSCALL: u64 = 2;
+
+/// Has the leader of a process, of which at least this task is stopped by a trace of this thread, unmap a range that nobody uses. It is stopped where it was
+/// afterwards; a signal that came is returned, and not delivered yet. `back`: how it goes on if this agent dies meanwhile.
+pub fn unmap(pid: i32, regs: &Regs, back: &Regs, range: (u64, u64)) -> Result<Option<i32>, InjectError> {
+    let io = |what| move |source| InjectError::Io { pid, what, source };
+    let maps = maps::maps(pid).map_err(io("read /proc/PID/maps"))?;
+    let (mem, base) = place(pid, &maps)?;
+    let status = status::read_task(pid, pid).map_err(io("read /proc/PID/status"))?;
+    let leader = Task {
+        tid: pid,
+        regs: *regs,
+        group_stopped: false,
+    };
+    let site = Site {
+        pid,
+        inner_tgid: status.inner_pid(),
+        mem: &mem,
+        base,
+        signal: usable(&status),
+    };
+    let made = site.call(&leader, back, libc::SYS_munmap, [range.0, range.1 - range.0, 0, 0, 0, 0])?;
+    match made.ret {
+        Some(r) if r < 0 => Err(io("unmap it")(io::Error::from_raw_os_error(-r as i32))),
+        Some(_) => Ok(made.signal.map(|s| s.1)),
+        None => Err(InjectError::Signal {
+            tid: pid,
+            signal: made.signal.map_or(0, |s| s.1),
+        }),
+    }
+}
+
+/// The process's memory, and where in it the stub goes.
+fn place(pid: i32, maps: &[maps::Mapping]) -> Result<(Mem, u64), InjectError> {
+    let io = |what| move |source| InjectError::Io { pid, what, source };
+    let unfit = |reason: &str| InjectError::Unfit {
+        pid,
+        reason: reason.into(),
+    };
+    let vdso = maps.iter().find(|m| m.name == b"[vdso]");
+    let vdso = vdso.ok_or_else(|| unfit("has no [vdso] mapping to run the stub in"))?;
+    let mem = Mem::open(pid).map_err(io("open /proc/PID/mem"))?;
+    let base = stub_base(&mem, vdso.start, vdso.end).map_err(io("read the vdso"))?;
+    let base = base.ok_or_else(|| unfit("its vdso has no room for the stub"))?;
+    Ok((mem, base))
+}
+
+fn start(task: &Task, r: &Regs) -> io::Result<()> {
     ptrace::set_regs(task.tid, r)?;
     ptrace::cont(task.tid, 0)
 }
@@ -381,7 +497,7 @@ fn wait_for(tid: i32, signal: i32) -> Result<(), WaitError> {
 }
 
 /// Where in the vdso the stub fits: the zeros behind its last byte of content.
-pub fn stub_base(mem: &Mem, start: u64, end: u64) -> io::Result<Option<u64>> {
+fn stub_base(mem: &Mem, start: u64, end: u64) -> io::Result<Option<u64>> {
     let own = crate::dump::vdso::own()?;
     let mut page = vec![0u8; (end - start) as usize];
     mem.read(start, &mut page)?;
@@ -431,14 +547,120 @@ fn interrupt_at(tid: i32, done: impl Fn(u64) -> bool) -> Result<(), WaitError> {
 
 /// For each task a signal that is ignored by default, not handled by the process and not blocked by the task.
 fn pick_signals(p: &Proc) -> io::Result<Vec<Option<i32>>> {
-    p.tasks
-        .iter()
-        .map(|t| {
-            let s = status::read_task(p.pid, t.tid)?;
-            let taken = s.sig_blocked | s.sig_caught;
-            Ok([libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD]
-                .into_iter()
-                .find(|s| taken >> (s - 1) & 1 == 0))
+    p.tasks.iter().map(|t| Ok(usable(&status::read_task(p.pid, t.tid)?))).collect()
+}
+
+fn usable(s: &status::Status) -> Option<i32> {
+    let taken = s.sig_blocked | s.sig_caught;
+    let mut ignored = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD].into_iter();
+    ignored.find(|s| taken >> (s - 1) & 1 == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        dump::{self, mm::Cache, tree::DumpError},
+        sys::check,
+        vacate::{left_inside, tests::Child},
+    };
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// A page that a child and its parent share.
+    struct Page(*mut AtomicU64);
+
+    impl Page {
+        fn new() -> Page {
+            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+            // SAFETY: a new mapping; the result is checked.
+            let at = unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0) };
+            assert_ne!(at, libc::MAP_FAILED);
+            Page(at.cast())
+        }
+
+        fn number(&self) -> &AtomicU64 {
+            // SAFETY: mapped for as long as the test runs.
+            unsafe { &*self.0 }
+        }
+    }
+
+    extern "C" fn nothing(_: i32) {}
+
+    /// Counts, and is interrupted by its own timer all the time.
+    fn counting(page: &Page) -> Child {
+        let mut began = false;
+        Child::new(|| {
+            if !std::mem::replace(&mut began, true) {
+                let every = libc::timeval { tv_sec: 0, tv_usec: 150 };
+                let timer = libc::itimerval {
+                    it_interval: every,
+                    it_value: every,
+                };
+                // SAFETY: the handler does nothing; `timer` outlives the call.
+                unsafe {
+                    libc::signal(libc::SIGALRM, nothing as extern "C" fn(i32) as libc::sighandler_t);
+                    check(i64::from(libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()))).unwrap();
+                }
+            }
+            page.number().fetch_add(1, Ordering::SeqCst);
         })
-        .collect()
+    }
+
+    fn goes_on(page: &Page) {
+        let now = || page.number().load(Ordering::SeqCst);
+        let (before, end) = (now(), Instant::now() + Duration::from_secs(10));
+        while now() < before + 100 {
+            assert!(Instant::now() < end, "it stands still");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn attached(f: &mut Frozen) -> Injector {
+        loop {
+            let p = &f.procs[0];
+            match Injector::attach(p, &maps::maps(p.pid).unwrap(), &[p.pid]) {
+                Err(InjectError::Signal { tid, signal }) => f.deliver(tid, signal).unwrap(),
+                r => break r.unwrap(),
+            }
+        }
+    }
+
+    /// Nobody is in the stub when a process is let go, so that the next may overwrite it at once, whatever signals come in between.
+    #[test]
+    fn a_process_is_left_outside_the_stub() {
+        let page = Page::new();
+        let child = counting(&page);
+        for _ in 0..300 {
+            let mut f = match Frozen::freeze(child.0, Duration::from_secs(5)) {
+                Ok(f) => f,
+                // No right to trace.
+                Err(e) => return eprintln!("SKIP a_process_is_left_outside_the_stub: {e}"),
+            };
+            let inj = attached(&mut f);
+            let table = inj.table();
+            inj.leave(&mut f).unwrap();
+            assert_eq!(left_inside(&f.procs[0]), None);
+            assert!(
+                !maps::maps(child.0).unwrap().iter().any(|m| m.start == table.0),
+                "the table is gone"
+            );
+        }
+        goes_on(&page);
+    }
+
+    /// What a dead agent may leave: a leader on its way out of the stub. Asked then, it would go round in it for ever.
+    #[test]
+    fn a_leader_in_the_stub_is_asked_nothing() {
+        let page = Page::new();
+        let child = counting(&page);
+        let Ok(mut f) = Frozen::freeze(child.0, Duration::from_secs(5)) else {
+            return eprintln!("SKIP a_leader_in_the_stub_is_asked_nothing: no right to trace");
+        };
+        let inj = attached(&mut f);
+        inj.leave_behind(&mut f.procs[0].tasks[0]).unwrap();
+        let asked = dump::tree::frozen(&mut f, dump::host::host().unwrap(), &mut Cache::default(), |_| ());
+        assert!(matches!(asked, Err(DumpError::Inside(_))), "{:?}", asked.map(|_| ()));
+        drop(f);
+        goes_on(&page);
+    }
 }

@@ -49,6 +49,7 @@ pub mod preflight;
 pub mod procfs;
 pub mod report;
 pub mod restore;
+pub mod rseq;
 pub mod source;
 pub mod steps;
 pub mod sys;

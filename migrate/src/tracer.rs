@@ -13,6 +13,7 @@ use crate::{
     arch,
     image::Regs,
     procfs::{self, stat, status},
+    rseq,
     sys::{misc, ptrace},
     vacate,
 };
@@ -213,6 +214,13 @@ impl Frozen {
                 return Ok(None);
             }
         }
+        for p in &mut f.procs {
+            for t in &mut p.tasks {
+                if let Some(abort) = rseq::aborted(p.pid, t.tid, &t.regs) {
+                    t.regs.rip = abort;
+                }
+            }
+        }
         // Children are found per pass; order them parents first and index their parents.
         f.order(root);
         Ok(Some(f))
@@ -325,16 +333,20 @@ impl Frozen {
         }
     }
 
-    /// Lets every task go on where it was.
-    pub fn thaw(&mut self) {
-        // A pending SIGSTOP is discarded by SIGCONT before the tasks are let go, so that they never stop.
+    /// Takes back what [`Holder::hold`] has done: a pending SIGSTOP is discarded by SIGCONT, so that no task ever stops by it.
+    pub fn unhold(&mut self) {
         if self.held.swap(false, Ordering::SeqCst) {
             for p in self.procs.iter().filter(|p| !p.is_zombie()) {
                 let _ = misc::kill(p.pid, libc::SIGCONT);
             }
         }
+    }
+
+    /// Lets every task go on where it was.
+    pub fn thaw(&mut self) {
+        self.unhold();
         for p in &mut self.procs {
-            // Threads first: the leader of an injected process unmaps the shared table on its way.
+            // Threads first: a leader that was left behind by its injector unmaps the shared table on its way.
             for t in p.tasks.drain(..).rev() {
                 let _ = ptrace::set_regs(t.tid, &arch::resume_traced(&t.regs));
                 let _ = ptrace::detach(t.tid, 0);

@@ -291,15 +291,15 @@ pub fn left_inside(p: &Proc) -> Option<i32> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::{dump::vdso::own, procfs::maps, tracer::Frozen};
 
     /// A child of this process that calls a function for ever, ended when dropped.
-    struct Child(i32);
+    pub(crate) struct Child(pub i32);
 
     impl Child {
-        fn new(mut f: impl FnMut()) -> Child {
+        pub fn new(mut f: impl FnMut()) -> Child {
             // SAFETY: the child calls nothing but `f`, which makes system calls and takes no lock.
             match unsafe { libc::fork() } {
                 0 => loop {

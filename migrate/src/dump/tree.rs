@@ -30,6 +30,9 @@ pub enum DumpError {
     /// A descriptor could not be read.
     #[error(transparent)]
     Fds(#[from] fds::DumpError),
+    /// Threads are in the middle of the vdso, from where the processes cannot be asked.
+    #[error("threads are in the middle of the kernel's vdso")]
+    Inside(Vec<Blocker>),
 }
 
 impl DumpError {
@@ -164,7 +167,11 @@ struct Inner {
 ///
 /// Asking and reading at once, on two threads, did not pay: on two cores the stub waited for one of them, and 0.3 ms became 1.3 as often as not.
 pub fn frozen<R>(f: &mut Frozen, host: Host, cache: &mut mm::Cache, also: impl FnOnce(&Dumped) -> R) -> Result<Found<R>, DumpError> {
+    // One of them may be on its way out of a stub that a dead agent has left, whose code the questions would overwrite under it.
     let inside: Vec<Blocker> = f.procs.iter().filter_map(in_the_vdso).collect();
+    if !inside.is_empty() {
+        return Err(DumpError::Inside(inside));
+    }
     let Answers { inner, injectors } = ask_all(f)?;
     let lists = f.procs.iter().zip(&inner).map(|(p, i)| {
         let mut list = maps::maps(p.pid)?;
@@ -175,7 +182,6 @@ pub fn frozen<R>(f: &mut Frozen, host: Host, cache: &mut mm::Cache, also: impl F
     let mut d = collect(&f.procs, Some(lists), host, fds::Mode::Frozen, cache)?;
     let also = d.blockers.is_empty().then(|| also(&d));
     fill(&mut d, &f.procs, inner);
-    d.blockers.extend(inside);
     for (p, place) in f.procs.iter().map(|p| (p, place(p.pid))) {
         if !p.is_zombie() && p.tasks[0].tid != p.pid {
             d.blockers.push(Blocker::new(

@@ -12,15 +12,17 @@ use super::{
     task, vdso,
 };
 use crate::{
-    arch::{self, inject_stub, pilot},
+    arch::{self, pilot},
     dump::pages::OBJECT_SPACE,
     image::{Backing, FileId, Kind, Mm, Process, Tree, Vdso, Vma},
+    inject::{self, InjectError},
     laps::Laps,
     procfs::{
         self, maps, stat, status,
         timens::{self, Offsets},
     },
-    sys::{mem::Mem, misc, ptrace, uffd::Userfault},
+    rseq,
+    sys::{misc, ptrace, uffd::Userfault},
     tracer::wait_stop_once,
 };
 use serde::{Deserialize, Serialize};
@@ -1069,31 +1071,32 @@ fn unmap(pid: i32, range: (u64, u64)) -> io::Result<()> {
     let mut tids = procfs::tasks(pid)?;
     tids.retain(|&t| t != pid);
     for tid in tids {
-        match visit(tid, range, |_| Ok(false)) {
+        match visit(tid, range, |_| Ok(0)) {
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
             r => r?,
         }
     }
-    visit(pid, range, |regs| {
-        let maps = maps::maps(pid)?;
-        let vdso = maps
-            .iter()
-            .find(|m| m.name == b"[vdso]")
-            .ok_or_else(|| io::Error::other("no vdso"))?;
-        let mem = Mem::open(pid)?;
-        let base = crate::inject::stub_base(&mem, vdso.start, vdso.end)?.ok_or_else(|| io::Error::other("no room in the vdso"))?;
-        let stub = inject_stub::build(base, &arch::restart_anew(regs), range.0, range.1 - range.0, libc::SIGURG);
-        mem.write(base, &stub.code)?;
-        let mut r = *regs;
-        r.rip = base + stub.exit;
-        r.orig_rax = u64::MAX;
-        ptrace::set_regs(pid, &r)?;
-        Ok(true)
-    })
+    for _ in 0..100 {
+        let mut early = false;
+        visit(pid, range, |regs| {
+            match inject::unmap(pid, regs, &arch::restart_anew(regs), range) {
+                Ok(signal) => Ok(signal.unwrap_or(0)),
+                Err(InjectError::Signal { signal, .. }) => {
+                    early = true;
+                    Ok(signal)
+                }
+                Err(e) => Err(io::Error::other(e)),
+            }
+        })?;
+        if !early {
+            return Ok(());
+        }
+    }
+    Err(io::Error::other("signals kept coming"))
 }
 
-/// Stops one thread outside `range`, gives its registers to `f`, and lets it go on.
-fn visit(tid: i32, range: (u64, u64), f: impl Fn(&crate::image::Regs) -> io::Result<bool>) -> io::Result<()> {
+/// Stops one thread outside `range`, gives its registers to `f`, and lets it go on with the signal that it returns, or 0.
+fn visit(tid: i32, range: (u64, u64), mut f: impl FnMut(&crate::image::Regs) -> io::Result<i32>) -> io::Result<()> {
     let end = Instant::now() + Duration::from_secs(5);
     loop {
         ptrace::seize(tid)?;
@@ -1106,15 +1109,18 @@ fn visit(tid: i32, range: (u64, u64), f: impl Fn(&crate::image::Regs) -> io::Res
                 None => std::thread::yield_now(),
             }
         }
-        let regs = ptrace::regs(tid)?;
+        let mut regs = ptrace::regs(tid)?;
+        if let Some(abort) = rseq::aborted(tid, tid, &regs) {
+            regs.rip = abort;
+        }
         let inside = (range.0..range.1).contains(&regs.rip) || (range.0..range.1).contains(&regs.rsp);
         if !inside {
             let r = f(&regs);
-            if !matches!(r, Ok(true)) {
-                // The call has only just begun: anew, so that no restart block is left that a next migration could not carry.
-                let _ = ptrace::set_regs(tid, &arch::restart_anew(&regs));
-            }
-            ptrace::detach(tid, 0)?;
+            let signal = *r.as_ref().unwrap_or(&0);
+            // The call has only just begun: anew, so that no restart block is left that a next migration could not carry. A signal interrupts it.
+            let back = if signal == 0 { arch::restart_anew(&regs) } else { regs };
+            let _ = ptrace::set_regs(tid, &back);
+            ptrace::detach(tid, signal)?;
             return r.map(drop);
         }
         ptrace::detach(tid, 0)?;

@@ -66,7 +66,7 @@ fn make<T>(f: &mut Frozen, pid: i32, take: Take<'_, T>) -> io::Result<T> {
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has ended"))?;
         let signal = match step(&f.procs[i], take, &mut made, &mut taken) {
             Ok(inj) => {
-                inj.leave(&mut f.procs[i].tasks[0]).map_err(io::Error::other)?;
+                inj.leave(f).map_err(io::Error::other)?;
                 return taken.ok_or_else(|| io::Error::other("userfaultfd(2) gave nothing"))?;
             }
             Err(InjectError::Signal { tid, signal }) => (tid, signal),

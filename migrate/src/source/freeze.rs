@@ -3,7 +3,7 @@
 use super::{interrupted, inventory, rounds::Rounds};
 use crate::{
     blocker::Blocker,
-    dump::{self, mm::Cache, pages},
+    dump::{self, mm::Cache, pages, tree::DumpError},
     image::{Host, Tree, Vma},
     inject::{InjectError, Injector},
     lazy::{self, serve::Originals},
@@ -33,24 +33,25 @@ pub struct Held {
 impl Held {
     /// Lets the tree go on as if nothing had been.
     fn release(&mut self) {
-        self.leave();
+        self.frozen.unhold();
+        for inj in self.injectors.drain(..).flatten() {
+            if let Err(e) = inj.leave(&mut self.frozen) {
+                tracing::warn!(error = %e, "the stub's table stays mapped");
+            }
+        }
         self.frozen.thaw();
     }
 
     /// Forgets the tree without letting it go: it stays stopped by SIGSTOP once ptrace lets go.
     fn abandon(mut self) {
-        self.leave();
-        std::mem::replace(&mut self.frozen, Frozen::nothing()).let_go_stopped();
-    }
-
-    fn leave(&mut self) {
         for (p, inj) in self.frozen.procs.iter_mut().zip(self.injectors.drain(..)) {
             if let (Some(inj), Some(leader)) = (inj, p.tasks.first_mut())
-                && let Err(e) = inj.leave(leader)
+                && let Err(e) = inj.leave_behind(leader)
             {
                 tracing::warn!(pid = p.pid, error = %e, "the stub's table stays mapped");
             }
         }
+        std::mem::replace(&mut self.frozen, Frozen::nothing()).let_go_stopped();
     }
 }
 
@@ -214,10 +215,12 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
         scan = began.elapsed();
         last
     });
-    let found = found.map_err(|e| match e {
-        dump::tree::DumpError::Inject(e @ InjectError::Unfit { .. }) => Failure::refused("freeze", pid, e, Vec::new()),
-        e => fail(format!("cannot read the frozen tree: {e}")),
-    })?;
+    let found = match found {
+        Ok(found) => found,
+        Err(DumpError::Inside(blockers)) => return Ok(Err(blockers)),
+        Err(DumpError::Inject(e @ InjectError::Unfit { .. })) => return Err(Failure::refused("freeze", pid, e, Vec::new())),
+        Err(e) => return Err(fail(format!("cannot read the frozen tree: {e}"))),
+    };
     let d = found.dumped;
     held.injectors = found.injectors;
     let last = match found.also {

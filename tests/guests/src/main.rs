@@ -15,6 +15,7 @@ mod kit;
 mod memory;
 mod portrait;
 mod restart;
+mod rseq;
 mod signals;
 mod soak;
 mod sockets;
@@ -70,6 +71,7 @@ fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
         "signals" => signals::signals(kit),
         "timers" => timers::timers(kit),
         "restart" => restart::restart(kit, options),
+        "rseq" => rseq::rseq(kit),
         "tree" => tree::tree(kit, options),
         "fds" => fds::fds(kit),
         "files" => fds::many(kit, options),
