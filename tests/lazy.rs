@@ -40,6 +40,7 @@ macro_rules! while_pages_are_missing {
 while_pages_are_missing! {
     mappings_that_come_and_go: "new";
     a_mapping_that_moves: "moved";
+    a_mapping_whose_other_half_moves: "moved-beside";
     mappings_that_change_places: "swapped";
     mappings_that_move_by_one_call: "moved-together";
     pages_that_move_and_leave_their_mapping: "left-behind";

@@ -100,7 +100,7 @@ unmoved! {
 #[test]
 fn guest_trap() {
     let hosts = two_hosts!();
-    let kinds = "new moved swapped left-behind replaced mapped-over grown brk stack protected dropped freed huge fork-advice file punched \
+    let kinds = "new moved swapped moved-beside left-behind replaced mapped-over grown brk stack protected dropped freed huge fork-advice file punched \
                  written-by-descriptor only-a-descriptor written-by-a-child written-from-outside other-backing userfaultfd forks grandchildren \
                  execs threads";
     for kind in kinds.split_whitespace() {

@@ -310,6 +310,21 @@ impl Userfault {
         super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_WAKE, &raw mut r) } as i64).map(drop)
     }
 
+    /// Takes write protection away, with all marks of it. ENOENT: not all of the range is registered; EAGAIN: an event waits to be read.
+    pub fn unprotect(&self, start: u64, end: u64) -> io::Result<()> {
+        // The address space is locked against changes meanwhile: half a millisecond each.
+        const PIECE: u64 = 64 << 20;
+        let mut at = start;
+        while at < end {
+            let len = (end - at).min(PIECE);
+            let mut w = Writeprotect { start: at, len, mode: 0 };
+            // SAFETY: `w` outlives the call.
+            super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut w) } as i64)?;
+            at += len;
+        }
+        Ok(())
+    }
+
     /// Whether the address space is still there.
     pub fn alive(&self) -> bool {
         // The last page a process can have. Nothing here waits for write protection to be taken away, so that ESRCH is all this can come to, but for

@@ -56,7 +56,7 @@ impl SharedMemory {
         let looked = if last {
             self.pagemap.unarmed(vma.start, vma.end, &mut open)
         } else {
-            self.arm(vma, &mut open)
+            self.clear(vma).and_then(|()| self.arm(vma, &mut open))
         };
         if let Err(e) = looked {
             self.void.insert(vma.start, vma.end);
@@ -69,6 +69,14 @@ impl SharedMemory {
             return Ok(None);
         }
         Ok(Some(PageSet::from_ranges(open)))
+    }
+
+    /// A mapping that is new here may have marks of an earlier registration, under which pages were written since: see [`super::wp_async`].
+    fn clear(&self, vma: &Vma) -> io::Result<()> {
+        match self.uffd.upgrade() {
+            Some(uffd) if self.void.overlaps(vma.start, vma.end) => uffd.unprotect(vma.start, vma.end),
+            _ => Ok(()),
+        }
     }
 
     /// Looked for without arming first, which is several times as fast where little was written.

@@ -15,6 +15,7 @@ pub fn kind(name: &str) -> Option<io::Result<Trap>> {
         "moved" => moved(),
         "swapped" => swapped(),
         "moved-together" => moved_together(),
+        "moved-beside" => moved_beside(),
         "left-behind" => left_behind(),
         "replaced" => replaced(true),
         "mapped-over" => replaced(false),
@@ -107,6 +108,38 @@ fn swapped() -> io::Result<Trap> {
         }
         both.iter_mut()
             .for_each(|p| p.look(kit, "one of two mappings that change places", call, &mut numbers));
+        Ok(())
+    }))
+}
+
+/// Half of a mapping goes away for some rounds and comes back for some. The kernel makes both one again, and in that forgets who watched the other half, where
+/// all the writing is done.
+fn moved_beside() -> io::Result<Trap> {
+    const HALF: usize = 48;
+    let mut patch = Patch::filled(2 * HALF + 2, PRIVATE)?;
+    // A page with other rights at each end keeps it apart from its neighbours.
+    patch.protect(0, 1, READ)?;
+    patch.protect(2 * HALF + 1, 1, READ)?;
+    let home = patch.address(1 + HALF);
+    let aside = map_at(0, HALF + 2, PRIVATE | libc::MAP_NORESERVE, -1)? + PAGE;
+    let mut numbers = Numbers::new(25);
+    let (mut steps, mut away) = (0_u32, false);
+    Ok(Box::new(move |kit, call| {
+        if call == Call::Step {
+            steps += 1;
+            if steps.is_multiple_of(100) {
+                let (from, to) = if away { (aside, home) } else { (home, aside) };
+                shift(from, HALF, to, 0)?;
+                away = !away;
+            }
+            let page = 1 + below(&mut numbers, HALF);
+            patch.write(page);
+        }
+        if away && call != Call::Step {
+            shift(aside, HALF, home, 0)?;
+            away = false;
+        }
+        patch.look(kit, "a mapping whose other half moves", call, &mut numbers);
         Ok(())
     }))
 }
