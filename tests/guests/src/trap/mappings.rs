@@ -116,30 +116,30 @@ fn swapped() -> io::Result<Trap> {
 /// all the writing is done.
 fn moved_beside() -> io::Result<Trap> {
     const HALF: usize = 48;
-    let mut patch = Patch::filled(2 * HALF + 2, PRIVATE)?;
-    // A page with other rights at each end keeps it apart from its neighbours.
-    patch.protect(0, 1, READ)?;
-    patch.protect(2 * HALF + 1, 1, READ)?;
-    let home = patch.address(1 + HALF);
-    let aside = map_at(0, HALF + 2, PRIVATE | libc::MAP_NORESERVE, -1)? + PAGE;
+    // Made as one; a page with other rights at each end keeps it apart from its neighbours.
+    let whole = Patch::map(2 * HALF + 2, PRIVATE)?;
+    whole.protect(0, 1, READ)?;
+    whole.protect(2 * HALF + 1, 1, READ)?;
+    let home = whole.address(1 + HALF);
+    let aside = map_at(0, HALF, PRIVATE | libc::MAP_NORESERVE, -1)?;
+    let mut both = [whole.address(1), home].map(|at| Patch::at(at, HALF, Page::Zero));
+    both.iter_mut().for_each(|p| (0..HALF).for_each(|page| p.write(page)));
     let mut numbers = Numbers::new(25);
-    let (mut steps, mut away) = (0_u32, false);
+    let mut steps = 0_u32;
     Ok(Box::new(move |kit, call| {
+        let [near, far] = &mut both;
         if call == Call::Step {
             steps += 1;
             if steps.is_multiple_of(100) {
-                let (from, to) = if away { (aside, home) } else { (home, aside) };
-                shift(from, HALF, to, 0)?;
-                away = !away;
+                let to = if far.at == home { aside } else { home };
+                shift(far.at, HALF, to, 0)?;
+                far.at = to;
             }
-            let page = 1 + below(&mut numbers, HALF);
-            patch.write(page);
+            let page = below(&mut numbers, HALF);
+            near.write(page);
         }
-        if away && call != Call::Step {
-            shift(aside, HALF, home, 0)?;
-            away = false;
-        }
-        patch.look(kit, "a mapping whose other half moves", call, &mut numbers);
+        near.look(kit, "a mapping whose other half moves", call, &mut numbers);
+        far.look(kit, "the half that moves", call, &mut numbers);
         Ok(())
     }))
 }
