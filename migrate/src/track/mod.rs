@@ -22,6 +22,7 @@ pub mod wp_async;
 use crate::{
     image::{Backing, Vma},
     pages::PageSet,
+    sys::{pagemap::Pagemap, uffd::Userfault},
 };
 use std::io;
 
@@ -84,6 +85,22 @@ pub trait Tracker: Send + std::fmt::Debug {
 
     /// Whether the address space it was made for still exists.
     fn alive(&self) -> bool;
+}
+
+/// Takes the marks away that pages of a registered range have from an earlier registration. Only where there are any, which costs no more than a look: to take them
+/// from everything would touch every page table entry of the program.
+fn clear_marks(pagemap: &Pagemap, uffd: &Userfault, start: u64, end: u64) -> io::Result<()> {
+    let mut open = Vec::new();
+    pagemap.unarmed(start, end, &mut open)?;
+    open.push((end, end));
+    let mut at = start;
+    for (a, b) in open {
+        if at < a {
+            uffd.unprotect(at, a)?;
+        }
+        at = b;
+    }
+    Ok(())
 }
 
 /// Whether pages of this mapping are sent at all: private, and not the kernel's own.

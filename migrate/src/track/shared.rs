@@ -74,7 +74,7 @@ impl SharedMemory {
     /// A mapping that is new here may have marks of an earlier registration, under which pages were written since: see [`super::wp_async`].
     fn clear(&self, vma: &Vma) -> io::Result<()> {
         match self.uffd.upgrade() {
-            Some(uffd) if self.void.overlaps(vma.start, vma.end) => uffd.unprotect(vma.start, vma.end),
+            Some(uffd) if self.void.overlaps(vma.start, vma.end) => super::clear_marks(&self.pagemap, &uffd, vma.start, vma.end),
             _ => Ok(()),
         }
     }

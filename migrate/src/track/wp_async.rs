@@ -97,8 +97,8 @@ impl WpAsync {
         let mut found = Vec::new();
         let void = self.void.overlaps(vma.start, vma.end);
         if void {
-            match self.uffd.unprotect(vma.start, vma.end) {
-                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Err(TrackError::Untracked),
+            match super::clear_marks(&self.pagemap, &self.uffd, vma.start, vma.end) {
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EPERM | libc::ENOENT)) => return Err(TrackError::Untracked),
                 r => r.map_err(changed)?,
             }
         }
