@@ -34,7 +34,7 @@ pub fn track(f: &mut Frozen, pid: i32) -> io::Result<WpAsync> {
     })
 }
 
-/// One for its shared memory, in a stop of its own: the process has to come out of the stub that made the other. None: it has none that can be tracked.
+/// One for its shared memory, in a stop of its own. None: it has none that can be tracked.
 pub fn track_shared(pid: i32, listener: &Listener) -> io::Result<Option<SharedMemory>> {
     if shared(&maps::maps(pid)?).next().is_none() {
         return Ok(None);
@@ -53,8 +53,7 @@ type Take<'a, T> = &'a dyn Fn(i32, &[Mapping]) -> io::Result<T>;
 
 /// Has a stopped process make a userfaultfd, takes it, and has the process close it.
 ///
-/// A signal may end a batch before or after its call was made, and has to be delivered before the next: it is kept what was done already. The stub is
-/// only left on the way out: a handler's frame must not lead into code that the next batch overwrites.
+/// A signal may end a batch before or after its call was made, and has to be delivered before the next: it is kept what was done already.
 fn make<T>(f: &mut Frozen, pid: i32, take: Take<'_, T>) -> io::Result<T> {
     let mut made: Option<i32> = None;
     let mut taken = None;
