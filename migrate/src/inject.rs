@@ -63,15 +63,11 @@ pub enum InjectError {
 /// Runs batches in one process.
 #[derive(Debug)]
 pub struct Injector {
-    pid: i32,
-    inner_tgid: i32,
+    site: Site,
     tids: Vec<(i32, i32)>,
-    mem: Mem,
-    base: u64,
     /// The signal that ends each task's batch; `None`: it lingers.
     signals: Vec<Option<i32>>,
     region: Region,
-    len: u64,
 }
 
 /// Results of a task's batch.
@@ -94,23 +90,16 @@ impl Injector {
     pub fn attach(p: &Proc, maps: &[maps::Mapping], inner: &[i32]) -> Result<Injector, InjectError> {
         let pid = p.pid;
         let io = |what| move |source| InjectError::Io { pid, what, source };
-        let (mem, base) = place(pid, maps)?;
         let signals = pick_signals(p).map_err(io("read signal masks"))?;
+        let site = Site::of(pid, maps, inner[0], signals[0])?;
         let leader = &p.tasks[0];
         let len = (HEAD + LEADER + SLICE * (p.tasks.len() - 1)) as u64;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let site = Site {
-            pid,
-            inner_tgid: inner[0],
-            mem: &mem,
-            base,
-            signal: signals[0],
-        };
         let back = arch::restart_in_place(&leader.regs);
         let made = site.call(leader, &back, libc::SYS_mmap, [0, len, prot as u64, flags as u64, u64::MAX, 0])?;
-        if let Some((tid, signal)) = made.signal {
-            return Err(InjectError::Signal { tid, signal });
+        if let Some(signal) = made.signal {
+            return Err(InjectError::Signal { tid: leader.tid, signal });
         }
         let table = match made.ret {
             Some(r) if r < 0 && r > -4096 => return Err(io("map the shared table")(io::Error::from_raw_os_error(-r as i32))),
@@ -125,24 +114,19 @@ impl Injector {
         let region = Region::map(&file, len as usize, table).map_err(io("map the shared table here"))?;
         region.write(0, MAGIC);
         // From here on the way back also unmaps the table.
-        let stub = inject_stub::build(base, &back, table, len, signals[0].unwrap_or(libc::SIGURG));
-        mem.write(base, &stub.code).map_err(io("write the stub"))?;
+        site.put(&back, (table, len))?;
         let tids = p.tasks.iter().map(|t| t.tid).zip(inner.iter().copied()).collect();
         Ok(Injector {
-            pid,
-            inner_tgid: inner[0],
+            site,
             tids,
-            mem,
-            base,
             signals,
             region,
-            len,
         })
     }
 
     /// The shared table's range in the process.
     pub fn table(&self) -> (u64, u64) {
-        (self.region.remote, self.region.remote + self.len)
+        (self.region.remote, self.region.remote + self.region.len() as u64)
     }
 
     fn slice(&self, task: usize) -> usize {
@@ -171,7 +155,7 @@ impl Injector {
         let signal = self.signals[task]?;
         Some(Record::new(
             libc::SYS_tgkill,
-            &[self.inner_tgid as u64, self.tids[task].1 as u64, signal as u64],
+            &[self.site.inner_tgid as u64, self.tids[task].1 as u64, signal as u64],
         ))
     }
 
@@ -189,7 +173,7 @@ impl Injector {
     ) -> Result<Vec<Results<'_>>, InjectError> {
         let io = |what| {
             move |source| InjectError::Io {
-                pid: self.pid,
+                pid: self.site.pid,
                 what,
                 source,
             }
@@ -206,7 +190,7 @@ impl Injector {
             let slice = self.slice(i);
             if (batch.len() + 1) * RECORD > OUT {
                 return Err(InjectError::Unfit {
-                    pid: self.pid,
+                    pid: self.site.pid,
                     reason: format!("a batch of {} calls does not fit", batch.len()),
                 });
             }
@@ -216,7 +200,7 @@ impl Injector {
             let last = slice + batch.len() * RECORD;
             match self.signals[i] {
                 Some(s) => {
-                    let stop = Record::new(libc::SYS_tgkill, &[self.inner_tgid as u64, self.tids[i].1 as u64, s as u64]);
+                    let stop = Record::new(libc::SYS_tgkill, &[self.site.inner_tgid as u64, self.tids[i].1 as u64, s as u64]);
                     self.region.write(last, &stop.to_bytes());
                 }
                 None => self.region.write(last, &[0; RECORD]),
@@ -230,7 +214,7 @@ impl Injector {
                 0
             };
             let mut r = tasks[i].regs;
-            r.rip = self.base;
+            r.rip = self.site.base;
             r.r12 = self.region.addr(slice);
             r.r13 = batch.len() as u64 + u64::from(self.signals[i].is_some());
             r.r14 = if self.signals[i].is_some() { 0 } else { LINGER };
@@ -247,7 +231,7 @@ impl Injector {
             let done = interrupt_at(self.tids[i].0, |_| self.region.read_u64(last) != 0);
             ptrace::set_regs(self.tids[i].0, &tasks[i].regs).map_err(io("restore registers"))?;
             if let Err(e) = done {
-                failure.get_or_insert(e.into_inject(self.pid));
+                failure.get_or_insert(e.into_inject(self.site.pid));
                 break;
             }
         }
@@ -262,7 +246,7 @@ impl Injector {
                 wait_for(tid, s)
             });
             if let Err(e) = waited {
-                failure.get_or_insert(e.into_inject(self.pid));
+                failure.get_or_insert(e.into_inject(self.site.pid));
             }
             ptrace::set_regs(self.tids[i].0, &tasks[i].regs).map_err(io("restore registers"))?;
         }
@@ -288,7 +272,7 @@ impl Injector {
     ///
     /// Until then the table stays mapped, which is harmless in a tree that is going to be killed.
     pub fn leave(self, f: &mut Frozen) -> Result<(), InjectError> {
-        let pid = self.pid;
+        let pid = self.site.pid;
         let failed = |what, source| InjectError::Io { pid, what, source };
         for _ in 0..100 {
             let leader = f.procs.iter().find(|p| p.pid == pid).and_then(|p| p.tasks.first());
@@ -296,22 +280,12 @@ impl Injector {
             let Some(leader) = leader.filter(|t| t.tid == pid) else {
                 return Ok(());
             };
-            let site = Site {
-                pid,
-                inner_tgid: self.inner_tgid,
-                mem: &self.mem,
-                base: self.base,
-                signal: self.signals[0],
-            };
-            let back = arch::restart_in_place(&leader.regs);
-            let made = site.call(leader, &back, libc::SYS_munmap, [self.region.remote, self.len, 0, 0, 0, 0])?;
-            if let Some((tid, signal)) = made.signal {
-                f.deliver(tid, signal).map_err(|e| failed("deliver a signal", e))?;
+            let unmapped = self.site.unmap(leader, &arch::restart_in_place(&leader.regs), self.table())?;
+            if let Some(signal) = unmapped.signal {
+                f.deliver(pid, signal).map_err(|e| failed("deliver a signal", e))?;
             }
-            match made.ret {
-                None => {}
-                Some(r) if r < 0 => return Err(failed("unmap the shared table", io::Error::from_raw_os_error(-r as i32))),
-                Some(_) => return Ok(()),
+            if unmapped.done {
+                return Ok(());
             }
         }
         Err(failed("unmap the shared table", io::Error::other("signals kept coming")))
@@ -320,26 +294,24 @@ impl Injector {
     /// For a tree that must not run any more on this agent's account: leaves the leader with registers that unmap the table, and then go on where it was, if
     /// somebody lets it go on one day.
     pub fn leave_behind(self, leader: &mut Task) -> Result<(), InjectError> {
-        let back = arch::restart_in_place(&leader.regs);
-        let stub = inject_stub::build(self.base, &back, self.region.remote, self.len, libc::SIGURG);
-        self.mem.write(self.base, &stub.code).map_err(|source| InjectError::Io {
-            pid: self.pid,
-            what: "write the stub",
-            source,
-        })?;
-        leader.regs.rip = self.base + stub.exit;
+        let stub = self.site.put(
+            &arch::restart_in_place(&leader.regs),
+            (self.region.remote, self.region.len() as u64),
+        )?;
+        leader.regs.rip = self.site.base + stub.exit;
         leader.regs.orig_rax = u64::MAX;
         Ok(())
     }
 }
 
-/// A place for the stub in a stopped process.
-struct Site<'a> {
+/// A stopped process, and the place of the stub in it.
+#[derive(Debug)]
+struct Site {
     pid: i32,
     inner_tgid: i32,
-    mem: &'a Mem,
+    mem: Mem,
     base: u64,
-    /// The signal that ends a call; `None`: the task lingers.
+    /// The signal that ends a call; `None`: the leader lingers.
     signal: Option<i32>,
 }
 
@@ -347,18 +319,58 @@ struct Site<'a> {
 struct Called {
     /// What it returned; `None`: it was not made.
     ret: Option<i64>,
-    /// A signal that came instead of the end or before it, (task, number). It has not been delivered.
-    signal: Option<(i32, i32)>,
+    /// A signal that came instead of the end or before it. It has not been delivered.
+    signal: Option<i32>,
 }
 
-impl Site<'_> {
+/// What became of [`unmap`].
+#[derive(Debug)]
+pub struct Unmapped {
+    /// It was done; else a signal came before it.
+    pub done: bool,
+    /// A signal that came meanwhile, and has to be delivered.
+    pub signal: Option<i32>,
+}
+
+impl Site {
+    /// Finds the place.
+    fn of(pid: i32, maps: &[maps::Mapping], inner_tgid: i32, signal: Option<i32>) -> Result<Site, InjectError> {
+        let io = |what| move |source| InjectError::Io { pid, what, source };
+        let unfit = |reason: &str| InjectError::Unfit {
+            pid,
+            reason: reason.into(),
+        };
+        let vdso = maps.iter().find(|m| m.name == b"[vdso]");
+        let vdso = vdso.ok_or_else(|| unfit("has no [vdso] mapping to run the stub in"))?;
+        let mem = Mem::open(pid).map_err(io("open /proc/PID/mem"))?;
+        let base = stub_base(&mem, vdso.start, vdso.end).map_err(io("read the vdso"))?;
+        let base = base.ok_or_else(|| unfit("its vdso has no room for the stub"))?;
+        Ok(Site {
+            pid,
+            inner_tgid,
+            mem,
+            base,
+            signal,
+        })
+    }
+
+    /// Puts the stub there, for a leader that goes on at `back`. `table`: its address and length.
+    fn put(&self, back: &Regs, table: (u64, u64)) -> Result<inject_stub::Stub, InjectError> {
+        let stub = inject_stub::build(self.base, back, table.0, table.1, self.signal.unwrap_or(libc::SIGURG));
+        let written = self.mem.write(self.base, &stub.code);
+        written.map(|()| stub).map_err(|source| InjectError::Io {
+            pid: self.pid,
+            what: "write the stub",
+            source,
+        })
+    }
+
     /// Has the leader make one call. Whatever comes of it, it is stopped afterwards with the registers that it had. `back`: how it goes on if this agent dies
     /// meanwhile.
     fn call(&self, leader: &Task, back: &Regs, nr: i64, args: [u64; 6]) -> Result<Called, InjectError> {
         let pid = self.pid;
         let io = |what| move |source| InjectError::Io { pid, what, source };
-        let stub = inject_stub::build(self.base, back, 0, 0, self.signal.unwrap_or(libc::SIGURG));
-        self.mem.write(self.base, &stub.code).map_err(io("write the stub"))?;
+        let stub = self.put(back, (0, 0))?;
         let begin = self.base + stub.boot;
         let mut r = leader.regs;
         r.rip = begin;
@@ -379,7 +391,7 @@ impl Site<'_> {
         ptrace::set_regs(leader.tid, &leader.regs).map_err(io("restore registers"))?;
         let signal = match stop {
             Ok(()) => None,
-            Err(WaitError::Signal(tid, signal)) => Some((tid, signal)),
+            Err(WaitError::Signal(_, signal)) => Some(signal),
             Err(e) => return Err(e.into_inject(pid)),
         };
         let after = after.map_err(io("read registers"))?;
@@ -392,54 +404,39 @@ impl Site<'_> {
         };
         Ok(Called { ret, signal })
     }
+
+    /// Has the leader unmap a range, (start, end), that nobody uses.
+    fn unmap(&self, leader: &Task, back: &Regs, range: (u64, u64)) -> Result<Unmapped, InjectError> {
+        let made = self.call(leader, back, libc::SYS_munmap, [range.0, range.1 - range.0, 0, 0, 0, 0])?;
+        match made.ret {
+            Some(r) if r < 0 => Err(InjectError::Io {
+                pid: self.pid,
+                what: "unmap what was mapped for the move",
+                source: io::Error::from_raw_os_error(-r as i32),
+            }),
+            ret => Ok(Unmapped {
+                done: ret.is_some(),
+                signal: made.signal,
+            }),
+        }
+    }
 }
 
 /// Bytes of the instruction.
 const SYSCALL: u64 = 2;
 
 /// Has the leader of a process, of which at least this task is stopped by a trace of this thread, unmap a range that nobody uses. It is stopped where it was
-/// afterwards; a signal that came is returned, and not delivered yet. `back`: how it goes on if this agent dies meanwhile.
-pub fn unmap(pid: i32, regs: &Regs, back: &Regs, range: (u64, u64)) -> Result<Option<i32>, InjectError> {
+/// afterwards. `back`: how it goes on if this agent dies meanwhile.
+pub fn unmap(pid: i32, regs: &Regs, back: &Regs, range: (u64, u64)) -> Result<Unmapped, InjectError> {
     let io = |what| move |source| InjectError::Io { pid, what, source };
     let maps = maps::maps(pid).map_err(io("read /proc/PID/maps"))?;
-    let (mem, base) = place(pid, &maps)?;
     let status = status::read_task(pid, pid).map_err(io("read /proc/PID/status"))?;
     let leader = Task {
         tid: pid,
         regs: *regs,
         group_stopped: false,
     };
-    let site = Site {
-        pid,
-        inner_tgid: status.inner_pid(),
-        mem: &mem,
-        base,
-        signal: usable(&status),
-    };
-    let made = site.call(&leader, back, libc::SYS_munmap, [range.0, range.1 - range.0, 0, 0, 0, 0])?;
-    match made.ret {
-        Some(r) if r < 0 => Err(io("unmap it")(io::Error::from_raw_os_error(-r as i32))),
-        Some(_) => Ok(made.signal.map(|s| s.1)),
-        None => Err(InjectError::Signal {
-            tid: pid,
-            signal: made.signal.map_or(0, |s| s.1),
-        }),
-    }
-}
-
-/// The process's memory, and where in it the stub goes.
-fn place(pid: i32, maps: &[maps::Mapping]) -> Result<(Mem, u64), InjectError> {
-    let io = |what| move |source| InjectError::Io { pid, what, source };
-    let unfit = |reason: &str| InjectError::Unfit {
-        pid,
-        reason: reason.into(),
-    };
-    let vdso = maps.iter().find(|m| m.name == b"[vdso]");
-    let vdso = vdso.ok_or_else(|| unfit("has no [vdso] mapping to run the stub in"))?;
-    let mem = Mem::open(pid).map_err(io("open /proc/PID/mem"))?;
-    let base = stub_base(&mem, vdso.start, vdso.end).map_err(io("read the vdso"))?;
-    let base = base.ok_or_else(|| unfit("its vdso has no room for the stub"))?;
-    Ok((mem, base))
+    Site::of(pid, &maps, status.inner_pid(), usable(&status))?.unmap(&leader, back, range)
 }
 
 fn start(task: &Task, r: &Regs) -> io::Result<()> {
@@ -564,30 +561,19 @@ mod tests {
         sys::check,
         vacate::{left_inside, tests::Child},
     };
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::Ordering;
 
-    /// A page that a child and its parent share.
-    struct Page(*mut AtomicU64);
-
-    impl Page {
-        fn new() -> Page {
-            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-            // SAFETY: a new mapping; the result is checked.
-            let at = unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0) };
-            assert_ne!(at, libc::MAP_FAILED);
-            Page(at.cast())
-        }
-
-        fn number(&self) -> &AtomicU64 {
-            // SAFETY: mapped for as long as the test runs.
-            unsafe { &*self.0 }
-        }
+    /// What a child and its parent count in.
+    fn page() -> Region {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        Region::map(&file, 4096, 0).unwrap()
     }
 
     extern "C" fn nothing(_: i32) {}
 
     /// Counts, and is interrupted by its own timer all the time.
-    fn counting(page: &Page) -> Child {
+    fn counting(page: &Region) -> Child {
         let mut began = false;
         Child::new(|| {
             if !std::mem::replace(&mut began, true) {
@@ -602,12 +588,12 @@ mod tests {
                     check(i64::from(libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()))).unwrap();
                 }
             }
-            page.number().fetch_add(1, Ordering::SeqCst);
+            page.word(0).fetch_add(1, Ordering::SeqCst);
         })
     }
 
-    fn goes_on(page: &Page) {
-        let now = || page.number().load(Ordering::SeqCst);
+    fn goes_on(page: &Region) {
+        let now = || page.word(0).load(Ordering::SeqCst);
         let (before, end) = (now(), Instant::now() + Duration::from_secs(10));
         while now() < before + 100 {
             assert!(Instant::now() < end, "it stands still");
@@ -628,7 +614,7 @@ mod tests {
     /// Nobody is in the stub when a process is let go, so that the next may overwrite it at once, whatever signals come in between.
     #[test]
     fn a_process_is_left_outside_the_stub() {
-        let page = Page::new();
+        let page = page();
         let child = counting(&page);
         for _ in 0..300 {
             let mut f = match Frozen::freeze(child.0, Duration::from_secs(5)) {
@@ -651,7 +637,7 @@ mod tests {
     /// What a dead agent may leave: a leader on its way out of the stub. Asked then, it would go round in it for ever.
     #[test]
     fn a_leader_in_the_stub_is_asked_nothing() {
-        let page = Page::new();
+        let page = page();
         let child = counting(&page);
         let Ok(mut f) = Frozen::freeze(child.0, Duration::from_secs(5)) else {
             return eprintln!("SKIP a_leader_in_the_stub_is_asked_nothing: no right to trace");

@@ -214,12 +214,8 @@ impl Frozen {
                 return Ok(None);
             }
         }
-        for p in &mut f.procs {
-            for t in &mut p.tasks {
-                if let Some(abort) = rseq::aborted(p.pid, t.tid, &t.regs) {
-                    t.regs.rip = abort;
-                }
-            }
+        for t in f.procs.iter_mut().flat_map(|p| &mut p.tasks) {
+            rseq::abort(t.tid, &mut t.regs);
         }
         // Children are found per pass; order them parents first and index their parents.
         f.order(root);

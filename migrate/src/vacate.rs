@@ -183,12 +183,6 @@ impl Place {
     }
 }
 
-fn word(pid: i32, at: u64) -> Option<u64> {
-    let mut b = [0; 8];
-    mem::read(pid, at, &mut b).ok()?;
-    Some(u64::from_le_bytes(b))
-}
-
 /// Gets everyone out. `None`: nobody was inside, and every vdso is as it was. Else threads have run meanwhile, so the tree has to be searched
 /// again; those that did not stop again soon are taken off the list of their process and returned with its index, for the caller to wait for.
 pub fn pass(procs: &mut [Proc], patience: &mut Patience) -> io::Result<Option<Vec<(usize, i32)>>> {
@@ -227,7 +221,7 @@ pub fn pass(procs: &mut [Proc], patience: &mut Patience) -> io::Result<Option<Ve
 fn settle(p: &mut Proc, place: &Place) -> io::Result<Vec<i32>> {
     let mut inside = Vec::new();
     for t in p.tasks.iter_mut().filter(|t| native(&t.regs)) {
-        if let Some(r) = vdso::settle(&t.regs, &place.spots, |sp| word(place.pid, sp)) {
+        if let Some(r) = vdso::settle(&t.regs, &place.spots, |sp| mem::word(place.pid, sp)) {
             ptrace::set_regs(t.tid, &r)?;
             t.regs = r;
         }

@@ -631,6 +631,7 @@ fn latency(ns: &mut [u64]) -> FaultLatency {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::pagemap::Untouched;
 
     /// A keeper that comes late finds the start and all the pages in one read.
     #[test]
@@ -642,13 +643,8 @@ mod tests {
         ring_fd.set_len(RING as u64).unwrap();
         let ring = Region::map(&ring_fd, RING, 0).unwrap();
         ring.write(0, &[7; PAGE as usize]);
-        // SAFETY: a new mapping; the result is checked.
-        let at = unsafe {
-            let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-            libc::mmap(std::ptr::null_mut(), PAGE as usize, prot, flags, -1, 0)
-        };
-        assert_ne!(at, libc::MAP_FAILED);
-        let (start, end) = (at as u64, at as u64 + PAGE);
+        let memory = Untouched::map(PAGE as usize).unwrap();
+        let (start, end) = (memory.start(), memory.start() + PAGE);
         uffd.register_missing(start, end, false).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -684,10 +680,7 @@ mod tests {
         }
         agent.send(&ToKeeper::Bye, &[]).unwrap();
         keeper.join().unwrap().unwrap();
-        // SAFETY: our own mapping, whose page is there by now.
-        assert_eq!(unsafe { at.cast::<u8>().read_volatile() }, 7);
-        // SAFETY: as above; nothing refers to it any more.
-        unsafe { libc::munmap(at, PAGE as usize) };
+        assert_eq!(memory.read(0), 7);
     }
 
     #[test]

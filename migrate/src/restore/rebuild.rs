@@ -15,7 +15,7 @@ use crate::{
     arch::{self, pilot},
     dump::pages::OBJECT_SPACE,
     image::{Backing, FileId, Kind, Mm, Process, Tree, Vdso, Vma},
-    inject::{self, InjectError},
+    inject,
     laps::Laps,
     procfs::{
         self, maps, stat, status,
@@ -1077,18 +1077,13 @@ fn unmap(pid: i32, range: (u64, u64)) -> io::Result<()> {
         }
     }
     for _ in 0..100 {
-        let mut early = false;
+        let mut done = false;
         visit(pid, range, |regs| {
-            match inject::unmap(pid, regs, &arch::restart_anew(regs), range) {
-                Ok(signal) => Ok(signal.unwrap_or(0)),
-                Err(InjectError::Signal { signal, .. }) => {
-                    early = true;
-                    Ok(signal)
-                }
-                Err(e) => Err(io::Error::other(e)),
-            }
+            let unmapped = inject::unmap(pid, regs, &arch::restart_anew(regs), range).map_err(io::Error::other)?;
+            done = unmapped.done;
+            Ok(unmapped.signal.unwrap_or(0))
         })?;
-        if !early {
+        if done {
             return Ok(());
         }
     }
@@ -1110,9 +1105,7 @@ fn visit(tid: i32, range: (u64, u64), mut f: impl FnMut(&crate::image::Regs) -> 
             }
         }
         let mut regs = ptrace::regs(tid)?;
-        if let Some(abort) = rseq::aborted(tid, tid, &regs) {
-            regs.rip = abort;
-        }
+        rseq::abort(tid, &mut regs);
         let inside = (range.0..range.1).contains(&regs.rip) || (range.0..range.1).contains(&regs.rsp);
         if !inside {
             let r = f(&regs);

@@ -29,6 +29,13 @@ pub fn read(pid: i32, addr: u64, buf: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// The eight bytes at `addr`, if the task itself may read them.
+pub fn word(pid: i32, addr: u64) -> Option<u64> {
+    let mut b = [0; 8];
+    read(pid, addr, &mut b).ok()?;
+    Some(u64::from_le_bytes(b))
+}
+
 /// Whether one mremap(2) moves several mappings here (Linux 6.17). It moves them one after the other, and refuses those registered with a userfaultfd:
 /// at once if the first one is, else after it has moved those before.
 pub fn moves_several() -> bool {

@@ -475,13 +475,14 @@ impl ZeroPage {
 }
 
 /// Anonymous memory that nobody has written.
-struct Untouched {
+pub(crate) struct Untouched {
     at: *mut libc::c_void,
     len: usize,
 }
 
 impl Untouched {
-    fn map(len: usize) -> io::Result<Untouched> {
+    /// So many bytes.
+    pub fn map(len: usize) -> io::Result<Untouched> {
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: a new mapping; the result is checked.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
@@ -491,11 +492,13 @@ impl Untouched {
         Ok(Untouched { at, len })
     }
 
-    fn start(&self) -> u64 {
+    /// Address of the first.
+    pub fn start(&self) -> u64 {
         self.at as u64
     }
 
-    fn read(&self, offset: usize) -> u8 {
+    /// One byte.
+    pub fn read(&self, offset: usize) -> u8 {
         assert!(offset < self.len);
         // SAFETY: inside the mapping, which lives as long as `self`.
         unsafe { self.at.cast::<u8>().add(offset).read_volatile() }

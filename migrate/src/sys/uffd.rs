@@ -330,13 +330,7 @@ impl Userfault {
         // The last page a process can have. Nothing here waits for write protection to be taken away, so that ESRCH is all this can come to, but for
         // errors that say nothing; zeros would fill the page if it were missing.
         const LAST: u64 = 0x7fff_ffff_e000;
-        let mut w = Writeprotect {
-            start: LAST,
-            len: crate::image::PAGE,
-            mode: 0,
-        };
-        // SAFETY: `w` outlives the call.
-        let r = super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut w) } as i64);
+        let r = self.unprotect(LAST, LAST + crate::image::PAGE);
         !r.is_err_and(|e| e.raw_os_error() == Some(libc::ESRCH))
     }
 }

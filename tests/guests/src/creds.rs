@@ -125,10 +125,7 @@ pub fn creds(mut kit: Kit) -> io::Result<ExitCode> {
     std::fs::write("/proc/self/oom_score_adj", "321")?;
     std::fs::write("/proc/self/coredump_filter", "0x13")?;
     sys!(prctl(libc::PR_SET_NAME, c"creds-guest".as_ptr()))?;
-    let mut cpus: libc::cpu_set_t = zeroed();
-    // SAFETY: a plain bit set.
-    unsafe { libc::CPU_SET(0, &mut cpus) };
-    sys!(sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &cpus))?;
+    crate::kit::bind(0)?;
 
     let (chown, bind) = (1_u64 << 0, 1_u64 << 10);
     // Out of the bounding set, then only two are kept, one of them ambient.

@@ -130,6 +130,31 @@ fn host_name() -> [libc::c_char; 65] {
     names.nodename
 }
 
+/// The rseq area that the C library has registered for this thread; `None`: it has not. The kernel writes the cpu number into its second word.
+pub fn rseq_area() -> Option<*mut u8> {
+    // SAFETY: the area lies at this offset from the thread pointer, for as long as the thread lives.
+    unsafe {
+        unsafe extern "C" {
+            static __rseq_offset: isize;
+            static __rseq_size: u32;
+        }
+        if __rseq_size == 0 {
+            return None;
+        }
+        let thread_pointer: *mut u8;
+        std::arch::asm!("mov {}, fs:0", out(reg) thread_pointer);
+        Some(thread_pointer.offset(__rseq_offset))
+    }
+}
+
+/// This thread runs on one cpu only from now on.
+pub fn bind(cpu: usize) -> io::Result<()> {
+    let mut one: libc::cpu_set_t = zeroed();
+    // SAFETY: a plain bit set.
+    unsafe { libc::CPU_SET(cpu, &mut one) };
+    sys!(sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &one)).map(drop)
+}
+
 /// Lets everything else go first: a thread that spins would keep the kernel's own threads (and with them the network) off a machine with few cores.
 pub fn yield_to_others() {
     // SAFETY: no pointers; 0 is this thread.

@@ -34,23 +34,6 @@ struct Shared {
 #[derive(Default)]
 struct Section([u64; 4]);
 
-/// The area that the C library has registered for this thread; `None`: it has not.
-fn area() -> Option<*mut u8> {
-    // SAFETY: the area lies at this offset from the thread pointer, for as long as the thread lives.
-    unsafe {
-        unsafe extern "C" {
-            static __rseq_offset: isize;
-            static __rseq_size: u32;
-        }
-        if __rseq_size == 0 {
-            return None;
-        }
-        let thread_pointer: *mut u8;
-        std::arch::asm!("mov {}, fs:0", out(reg) thread_pointer);
-        Some(thread_pointer.offset(__rseq_offset))
-    }
-}
-
 /// Counts one up. False: it was interrupted, and nothing has happened.
 fn count(area: *mut u8, section: &mut Section, counter: &AtomicU64) -> bool {
     let done: u64;
@@ -100,12 +83,9 @@ fn work(number: usize, shared: &Shared) -> io::Result<()> {
     sys!(sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut all))?;
     // SAFETY: plain bit sets.
     let first = (0..libc::CPU_SETSIZE as usize).find(|cpu| unsafe { libc::CPU_ISSET(*cpu, &all) });
-    let mut one: libc::cpu_set_t = kit::zeroed();
-    // SAFETY: as above.
-    unsafe { libc::CPU_SET(first.unwrap_or(0), &mut one) };
-    sys!(sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &one))?;
+    kit::bind(first.unwrap_or(0))?;
     kit::yield_to_others();
-    let area = area().ok_or_else(|| io::Error::other("this C library registers no rseq area"))?;
+    let area = kit::rseq_area().ok_or_else(|| io::Error::other("this C library registers no rseq area"))?;
     let mut section = Section::default();
     while !shared.stop.load(Ordering::Relaxed) {
         if shared.rest.load(Ordering::SeqCst) {

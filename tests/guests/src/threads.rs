@@ -51,18 +51,8 @@ fn self_image() -> String {
 
 /// Is the rseq area of this thread alive? The kernel writes the cpu number there on each return to user mode after a move.
 fn rseq_works() -> Result<(), String> {
-    // SAFETY: the C library's rseq area lies at this offset from the thread pointer, for as long as the thread lives.
-    let cpu_id = unsafe {
-        unsafe extern "C" {
-            static __rseq_offset: isize;
-            static __rseq_size: u32;
-        }
-        if __rseq_size == 0 {
-            return Ok(());
-        }
-        let thread_pointer: *const u8;
-        std::arch::asm!("mov {}, fs:0", out(reg) thread_pointer);
-        thread_pointer.offset(__rseq_offset).add(4).cast::<u32>()
+    let Some(area) = crate::kit::rseq_area() else {
+        return Ok(());
     };
     let mut before: libc::cpu_set_t = crate::kit::zeroed();
     sys!(sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut before)).map_err(|e| e.to_string())?;
@@ -72,12 +62,9 @@ fn rseq_works() -> Result<(), String> {
         if !unsafe { libc::CPU_ISSET(cpu, &before) } {
             continue;
         }
-        let mut one: libc::cpu_set_t = crate::kit::zeroed();
-        // SAFETY: as above.
-        unsafe { libc::CPU_SET(cpu, &mut one) };
-        sys!(sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &one)).map_err(|e| e.to_string())?;
-        // SAFETY: the area is readable, see above.
-        let said = unsafe { cpu_id.read_volatile() };
+        crate::kit::bind(cpu).map_err(|e| e.to_string())?;
+        // SAFETY: the area is readable for as long as the thread lives.
+        let said = unsafe { area.cast::<u32>().add(1).read_volatile() };
         if said as usize != cpu {
             result = Err(format!("rseq says cpu {said}, the thread is bound to {cpu}"));
         }
