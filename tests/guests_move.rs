@@ -1,6 +1,8 @@
 //! Every guest is moved from A to B in rounds, verifies itself there, is moved back with its memory behind it and verifies itself again.
 
-use migrate_harness::{Guest, Stdio, two_hosts};
+use migrate_harness::{Guest, Run, Stdio, two_hosts};
+use nix::sys::signal::Signal;
+use std::{thread, time::Duration};
 
 fn there_and_back(name: &str, options: &[(&str, &str)]) {
     let hosts = two_hosts!();
@@ -42,6 +44,8 @@ moved! {
     memory_of_every_kind: "memory" &[];
     threads_with_storage_locks_and_rseq: "threads" &[];
     restartable_sequences: "rseq" &[];
+    handlers_that_block_every_signal: "masked" &[];
+    a_thread_that_blocks_every_signal: "masked" &[("thread", "1")];
     registers_of_every_unit: "xstate" &[];
     signals_that_wait_and_handlers: "signals" &[];
     timers_of_every_kind: "timers" &[];
@@ -121,6 +125,44 @@ fn kernel_mappings(host: &migrate_harness::Host, pid: i32) -> Vec<String> {
         .filter(|l| l.contains("[vvar") || l.contains("[vdso]"))
         .map(str::to_owned)
         .collect()
+}
+
+/// Both agents stand still most of the time, at whatever point they are, as on a host with far too much to do.
+#[test]
+fn agents_that_are_kept_from_their_cpus() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "masked", &[("thread", "1")]);
+    let mut pid = guest.pid;
+    for round in 0..4_u64 {
+        let (from, to) = if round % 2 == 0 {
+            (&hosts.a, &hosts.b)
+        } else {
+            (&hosts.b, &hosts.a)
+        };
+        let receiver = to.receive(&Stdio::Null);
+        let name = pid.to_string();
+        let sender = from.migrate(&from.send_args(&name, &receiver)).start();
+        let mut stops = 0;
+        while sender.ended().is_none() {
+            for agent in [&sender, &receiver.process] {
+                agent.signal(Signal::SIGSTOP);
+            }
+            thread::sleep(Duration::from_millis(25));
+            for agent in [&sender, &receiver.process] {
+                agent.signal(Signal::SIGCONT);
+            }
+            stops += 1;
+            thread::sleep(Duration::from_micros(300 + (stops * 977 + round * 431) % 4000));
+        }
+        let sent = Run::of(&sender, Duration::from_secs(1));
+        sent.expect_code(0);
+        receiver.wait().expect_code(0);
+        pid = sent.json()["restored_pid"].as_i64().expect("the copy's pid") as i32;
+        println!("move {round}: both stood still {stops} times");
+        assert!(guest.beats(), "move {round}");
+        guest.verify(&format!("after move {round}"));
+    }
+    guest.quit();
 }
 
 /// Ten times there and back.

@@ -5,7 +5,11 @@
 //! records, room for results, and the return frame with a signal frame's room below it.
 
 use crate::{
-    arch::{self, inject_stub, pilot::RECORD, pilot::Record},
+    arch::{
+        self,
+        inject_stub::{self, Mark},
+        pilot::{RECORD, Record},
+    },
     image::Regs,
     procfs::{maps, status},
     sys::{mem::Mem, ptrace, region::Region},
@@ -23,8 +27,6 @@ const LEADER: usize = 256 << 10;
 /// Offset of the results in a slice, and of the return frame.
 const OUT: usize = 8 << 10;
 const FRAME: usize = SLICE - 512;
-/// Turns a task lingers: some tens of milliseconds.
-const LINGER: u64 = 1 << 20;
 /// First bytes of a table, by which a leaked one is recognised.
 pub const MAGIC: &[u8; 16] = b"migrate-table-1\0";
 const HEAD: usize = 4096;
@@ -65,8 +67,8 @@ pub enum InjectError {
 pub struct Injector {
     site: Site,
     tids: Vec<(i32, i32)>,
-    /// The signal that ends each task's batch; `None`: it lingers.
-    signals: Vec<Option<i32>>,
+    /// How each task tells that it has come to the end of its batch.
+    marks: Vec<Mark>,
     region: Region,
 }
 
@@ -90,8 +92,8 @@ impl Injector {
     pub fn attach(p: &Proc, maps: &[maps::Mapping], inner: &[i32]) -> Result<Injector, InjectError> {
         let pid = p.pid;
         let io = |what| move |source| InjectError::Io { pid, what, source };
-        let signals = pick_signals(p).map_err(io("read signal masks"))?;
-        let site = Site::of(pid, maps, inner[0], signals[0])?;
+        let marks = pick_marks(p).map_err(io("read signal masks"))?;
+        let site = Site::of(pid, maps, inner[0], marks[0])?;
         let leader = &p.tasks[0];
         let len = (HEAD + LEADER + SLICE * (p.tasks.len() - 1)) as u64;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -113,20 +115,18 @@ impl Injector {
             .map_err(io("open /proc/PID/map_files of the shared table"))?;
         let region = Region::map(&file, len as usize, table).map_err(io("map the shared table here"))?;
         region.write(0, MAGIC);
-        // From here on the way back also unmaps the table.
-        site.put(&back, (table, len))?;
         let tids = p.tasks.iter().map(|t| t.tid).zip(inner.iter().copied()).collect();
-        Ok(Injector {
-            site,
-            tids,
-            signals,
-            region,
-        })
+        Ok(Injector { site, tids, marks, region })
     }
 
     /// The shared table's range in the process.
     pub fn table(&self) -> (u64, u64) {
         (self.region.remote, self.region.remote + self.region.len() as u64)
+    }
+
+    /// The same: where it begins, and its length.
+    fn mapped(&self) -> (u64, u64) {
+        (self.region.remote, self.region.len() as u64)
     }
 
     fn slice(&self, task: usize) -> usize {
@@ -150,13 +150,9 @@ impl Injector {
     }
 
     /// A record that stops a task in the middle of its batch, for [`Injector::run_with`]; when the agent is dead by then, the batch goes on as if it
-    /// were not there. None: no signal of this task can be had for it.
-    pub fn pause(&self, task: usize) -> Option<Record> {
-        let signal = self.signals[task]?;
-        Some(Record::new(
-            libc::SYS_tgkill,
-            &[self.site.inner_tgid as u64, self.tids[task].1 as u64, signal as u64],
-        ))
+    /// were not there.
+    pub fn pause(&self, task: usize) -> Record {
+        self.marks[task].record(self.site.inner_tgid, self.tids[task].1)
     }
 
     /// Runs one batch in each task at once. `batches[i]` belongs to task i and may be empty.
@@ -164,91 +160,62 @@ impl Injector {
         self.run_with(tasks, batches, None)
     }
 
-    /// The same; the first task's batch has a [`Injector::pause`] in it, at which this is called.
+    /// The same; record `pause.0` of the first task's batch is a [`Injector::pause`], at which the other is called.
     pub fn run_with(
         &self,
         tasks: &[Task],
         batches: &[Vec<Record>],
-        mut pause: Option<&mut dyn FnMut()>,
+        mut pause: Option<(usize, &mut dyn FnMut())>,
     ) -> Result<Vec<Results<'_>>, InjectError> {
-        let io = |what| {
-            move |source| InjectError::Io {
-                pid: self.site.pid,
-                what,
-                source,
-            }
-        };
-        let many = tasks.len() > 1;
-        let mut started = Vec::new();
-        let mut failure = None;
-        // Those that linger burn a core meanwhile: one at a time, after the others.
-        let (with_signal, lingering): (Vec<usize>, Vec<usize>) = (0..batches.len())
-            .filter(|&i| !batches[i].is_empty())
-            .partition(|&i| self.signals[i].is_some());
-        for &i in with_signal.iter().chain(&lingering) {
-            let batch = &batches[i];
-            let slice = self.slice(i);
-            if (batch.len() + 1) * RECORD > OUT {
-                return Err(InjectError::Unfit {
-                    pid: self.site.pid,
-                    reason: format!("a batch of {} calls does not fit", batch.len()),
-                });
-            }
-            for (k, rec) in batch.iter().enumerate() {
-                self.region.write(slice + k * RECORD, &rec.to_bytes());
-            }
-            let last = slice + batch.len() * RECORD;
-            match self.signals[i] {
-                Some(s) => {
-                    let stop = Record::new(libc::SYS_tgkill, &[self.site.inner_tgid as u64, self.tids[i].1 as u64, s as u64]);
-                    self.region.write(last, &stop.to_bytes());
-                }
-                None => self.region.write(last, &[0; RECORD]),
-            }
-            // A lone thread leaves through the immediates; several may not unmap the table under each other.
-            let frame = if many {
-                self.region
-                    .write(slice + FRAME, &inject_stub::iret_frame(&arch::restart_in_place(&tasks[i].regs)));
-                self.region.addr(slice + FRAME)
-            } else {
-                0
-            };
-            let mut r = tasks[i].regs;
-            r.rip = self.site.base;
-            r.r12 = self.region.addr(slice);
-            r.r13 = batch.len() as u64 + u64::from(self.signals[i].is_some());
-            r.r14 = if self.signals[i].is_some() { 0 } else { LINGER };
-            r.r15 = frame;
-            r.orig_rax = u64::MAX;
-            if let Err(e) = start(&tasks[i], &r) {
-                failure = Some(io("start the stub")(e));
-                break;
-            }
-            if self.signals[i].is_some() {
-                started.push(i);
-                continue;
-            }
-            let done = interrupt_at(self.tids[i].0, |_| self.region.read_u64(last) != 0);
-            ptrace::set_regs(self.tids[i].0, &tasks[i].regs).map_err(io("restore registers"))?;
-            if let Err(e) = done {
-                failure.get_or_insert(e.into_inject(self.site.pid));
-                break;
-            }
+        let pid = self.site.pid;
+        let io = |what| move |source| InjectError::Io { pid, what, source };
+        if let Some(long) = batches.iter().find(|b| (b.len() + 1) * RECORD > OUT) {
+            let reason = format!("a batch of {} calls does not fit", long.len());
+            return Err(InjectError::Unfit { pid, reason });
         }
-        for &i in &started {
-            let tid = self.tids[i].0;
-            let waited = self.signals[i].map_or(Ok(()), |s| {
-                if let Some(f) = pause.take_if(|_| i == 0) {
-                    wait_for(tid, s)?;
-                    f();
-                    ptrace::cont(tid, 0).map_err(WaitError::Io)?;
+        // The way back, where each task is by now, and of the table.
+        if let Some(leader) = tasks.first() {
+            self.site.put(&arch::restart_in_place(&leader.regs), self.mapped())?;
+        }
+        let mut failure = None;
+        let asked = |i: &usize| !batches[*i].is_empty();
+        // Those whose calls have to be followed need this agent all the time: one at a time, after the others.
+        let (together, alone): (Vec<usize>, Vec<usize>) = (0..batches.len()).filter(asked).partition(|&i| self.marks[i] != Mark::Call);
+        let alone = alone.iter().map(std::slice::from_ref);
+        for group in std::iter::once(together.as_slice()).chain(alone) {
+            let mut started = Vec::new();
+            for &i in group {
+                match self.begin(i, &tasks[i], &batches[i], tasks.len() > 1) {
+                    Ok(()) => started.push(i),
+                    Err(e) => {
+                        failure.get_or_insert(io("start the stub")(e));
+                        break;
+                    }
                 }
-                wait_for(tid, s)
-            });
-            if let Err(e) = waited {
-                failure.get_or_insert(e.into_inject(self.site.pid));
             }
-            ptrace::set_regs(self.tids[i].0, &tasks[i].regs).map_err(io("restore registers"))?;
+            for i in started {
+                let tid = self.tids[i].0;
+                let mark = self.marks[i];
+                let at = |record: usize| {
+                    let record = self.region.addr(self.slice(i) + record * RECORD);
+                    move |r: &Regs| r.r12 == record
+                };
+                let paused = match pause.take_if(|_| i == 0) {
+                    Some((record, f)) => until(tid, mark, at(record)).and_then(|_| {
+                        f();
+                        resume(tid, mark).map_err(WaitError::Io)
+                    }),
+                    None => Ok(()),
+                };
+                let ended = paused.and_then(|()| until(tid, mark, at(batches[i].len())));
+                if let Err(e) = ended {
+                    failure.get_or_insert(e.into_inject(pid));
+                }
+                ptrace::set_regs(tid, &tasks[i].regs).map_err(io("restore registers"))?;
+            }
+            if failure.is_some() {
+                break;
+            }
         }
         if let Some(f) = failure {
             return Err(f);
@@ -266,6 +233,30 @@ impl Injector {
                 }
             })
             .collect())
+    }
+
+    /// Sets a task off on its batch.
+    fn begin(&self, i: usize, task: &Task, batch: &[Record], many: bool) -> io::Result<()> {
+        let slice = self.slice(i);
+        let records = batch.iter().copied().chain([self.pause(i)]);
+        for (k, record) in records.enumerate() {
+            self.region.write(slice + k * RECORD, &record.to_bytes());
+        }
+        // A lone thread leaves through the immediates; several may not unmap the table under each other.
+        let frame = if many {
+            let frame = inject_stub::iret_frame(&arch::restart_in_place(&task.regs));
+            self.region.write(slice + FRAME, &frame);
+            self.region.addr(slice + FRAME)
+        } else {
+            0
+        };
+        let mut r = task.regs;
+        r.rip = self.site.base;
+        r.r12 = self.region.addr(slice);
+        r.r13 = batch.len() as u64 + 1;
+        r.r15 = frame;
+        r.orig_rax = u64::MAX;
+        start(task, &r, self.marks[i])
     }
 
     /// Unmaps the table. Nobody is in the stub then, and every task of the tree is stopped where it was, or where a signal that came meanwhile has led it.
@@ -294,10 +285,7 @@ impl Injector {
     /// For a tree that must not run any more on this agent's account: leaves the leader with registers that unmap the table, and then go on where it was, if
     /// somebody lets it go on one day.
     pub fn leave_behind(self, leader: &mut Task) -> Result<(), InjectError> {
-        let stub = self.site.put(
-            &arch::restart_in_place(&leader.regs),
-            (self.region.remote, self.region.len() as u64),
-        )?;
+        let stub = self.site.put(&arch::restart_in_place(&leader.regs), self.mapped())?;
         leader.regs.rip = self.site.base + stub.exit;
         leader.regs.orig_rax = u64::MAX;
         Ok(())
@@ -311,8 +299,8 @@ struct Site {
     inner_tgid: i32,
     mem: Mem,
     base: u64,
-    /// The signal that ends a call; `None`: the leader lingers.
-    signal: Option<i32>,
+    /// How the leader tells that it has made a call.
+    mark: Mark,
 }
 
 /// What became of a single call.
@@ -334,7 +322,7 @@ pub struct Unmapped {
 
 impl Site {
     /// Finds the place.
-    fn of(pid: i32, maps: &[maps::Mapping], inner_tgid: i32, signal: Option<i32>) -> Result<Site, InjectError> {
+    fn of(pid: i32, maps: &[maps::Mapping], inner_tgid: i32, mark: Mark) -> Result<Site, InjectError> {
         let io = |what| move |source| InjectError::Io { pid, what, source };
         let unfit = |reason: &str| InjectError::Unfit {
             pid,
@@ -350,13 +338,13 @@ impl Site {
             inner_tgid,
             mem,
             base,
-            signal,
+            mark,
         })
     }
 
     /// Puts the stub there, for a leader that goes on at `back`. `table`: its address and length.
     fn put(&self, back: &Regs, table: (u64, u64)) -> Result<inject_stub::Stub, InjectError> {
-        let stub = inject_stub::build(self.base, back, table.0, table.1, self.signal.unwrap_or(libc::SIGURG));
+        let stub = inject_stub::build(self.base, back, table.0, table.1, self.mark);
         let written = self.mem.write(self.base, &stub.code);
         written.map(|()| stub).map_err(|source| InjectError::Io {
             pid: self.pid,
@@ -378,15 +366,10 @@ impl Site {
         [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = args;
         r.r12 = self.inner_tgid as u64;
         r.r13 = self.inner_tgid as u64;
-        r.r15 = if self.signal.is_none() { LINGER } else { 0 };
         r.orig_rax = u64::MAX;
-        start(leader, &r).map_err(io("start the stub"))?;
-        let stop = match self.signal {
-            Some(s) => wait_for(leader.tid, s),
-            None => interrupt_at(leader.tid, |rip| {
-                (self.base + stub.boot_spin.start..self.base + stub.boot_spin.end).contains(&rip)
-            }),
-        };
+        start(leader, &r, self.mark).map_err(io("start the stub"))?;
+        let end = self.base + stub.boot_end;
+        let stop = until(leader.tid, self.mark, |r| r.rip == end);
         let after = ptrace::regs(leader.tid);
         ptrace::set_regs(leader.tid, &leader.regs).map_err(io("restore registers"))?;
         let signal = match stop {
@@ -436,12 +419,19 @@ pub fn unmap(pid: i32, regs: &Regs, back: &Regs, range: (u64, u64)) -> Result<Un
         regs: *regs,
         group_stopped: false,
     };
-    Site::of(pid, &maps, status.inner_pid(), usable(&status))?.unmap(&leader, back, range)
+    Site::of(pid, &maps, status.inner_pid(), pick(&status))?.unmap(&leader, back, range)
 }
 
-fn start(task: &Task, r: &Regs) -> io::Result<()> {
+fn start(task: &Task, r: &Regs, mark: Mark) -> io::Result<()> {
     ptrace::set_regs(task.tid, r)?;
-    ptrace::cont(task.tid, 0)
+    resume(task.tid, mark)
+}
+
+fn resume(tid: i32, mark: Mark) -> io::Result<()> {
+    match mark {
+        Mark::Signal(_) => ptrace::cont(tid, 0),
+        Mark::Call => ptrace::cont_to_call(tid),
+    }
 }
 
 enum WaitError {
@@ -462,15 +452,59 @@ impl WaitError {
     }
 }
 
-/// Waits for the batch's own signal. Any other signal stop ends the batch; the stub's calls are queries and can be run again.
-fn wait_for(tid: i32, signal: i32) -> Result<(), WaitError> {
+/// Waits for a task in the stub to come to the mark of which `reached` tells. Any signal stop but a mark's ends the batch; the stub's calls are queries and can
+/// be run again.
+fn until(tid: i32, mark: Mark, reached: impl Fn(&Regs) -> bool) -> Result<(), WaitError> {
+    let there = || ptrace::regs(tid).map(|r| reached(&r)).map_err(WaitError::Io);
+    loop {
+        match (stop(tid)?, mark) {
+            (Stop::Signal(s), Mark::Signal(own)) if s == own => {
+                if there()? {
+                    return Ok(());
+                }
+                // Somebody else's, and ignored: it would never have been seen.
+            }
+            (Stop::Signal(s), _) => return Err(WaitError::Signal(tid, s)),
+            (Stop::Call, _) => {
+                if there()? {
+                    // What it goes on with can only be chosen where a signal would be delivered: at the end of this call, before anything else is run.
+                    ptrace::interrupt(tid).map_err(WaitError::Io)?;
+                    ptrace::cont(tid, 0).map_err(WaitError::Io)?;
+                    return match stop(tid)? {
+                        Stop::Other => Ok(()),
+                        Stop::Signal(s) => Err(WaitError::Signal(tid, s)),
+                        Stop::Call => Err(WaitError::Io(io::Error::other(format!("task {tid} makes another call")))),
+                    };
+                }
+            }
+            (Stop::Other, _) => {}
+        }
+        resume(tid, mark).map_err(WaitError::Io)?;
+    }
+}
+
+/// A stop of a traced task.
+enum Stop {
+    /// At the delivery of a signal.
+    Signal(i32),
+    /// At the begin or the end of a system call.
+    Call,
+    /// On request, or by job control.
+    Other,
+}
+
+/// Waits for the next stop.
+fn stop(tid: i32) -> Result<Stop, WaitError> {
     let end = Instant::now() + Duration::from_secs(5);
     let mut spins = 0u32;
     loop {
         match ptrace::poll(tid).map_err(WaitError::Io)? {
-            Some(ptrace::Change::Stopped { signal: s, event: 0 }) if s == signal => return Ok(()),
-            Some(ptrace::Change::Stopped { signal: s, event: 0 }) => return Err(WaitError::Signal(tid, s)),
-            Some(ptrace::Change::Stopped { .. }) => ptrace::cont(tid, 0).map_err(WaitError::Io)?,
+            Some(ptrace::Change::Stopped {
+                signal: ptrace::CALL_STOP,
+                event: 0,
+            }) => return Ok(Stop::Call),
+            Some(ptrace::Change::Stopped { signal, event: 0 }) => return Ok(Stop::Signal(signal)),
+            Some(ptrace::Change::Stopped { .. }) => return Ok(Stop::Other),
             Some(ptrace::Change::Gone(status)) => {
                 return Err(WaitError::Io(io::Error::other(format!(
                     "task {tid} ended with wait status {status:#x}"
@@ -507,50 +541,20 @@ fn stub_base(mem: &Mem, start: u64, end: u64) -> io::Result<Option<u64>> {
     Ok((at + inject_stub::MAX <= page.len()).then_some(start + at as u64))
 }
 
-/// Interrupts a task until it stops at a point where `done` holds, looking at its instruction pointer.
-fn interrupt_at(tid: i32, done: impl Fn(u64) -> bool) -> Result<(), WaitError> {
-    let end = Instant::now() + Duration::from_secs(5);
-    let late = || WaitError::Io(io::Error::new(io::ErrorKind::TimedOut, format!("task {tid} does not come back")));
-    loop {
-        // Give it a moment to get there.
-        let moment = Instant::now() + Duration::from_micros(20);
-        while Instant::now() < moment {
-            std::hint::spin_loop();
-        }
-        ptrace::interrupt(tid).map_err(WaitError::Io)?;
-        loop {
-            match ptrace::poll(tid).map_err(WaitError::Io)? {
-                Some(ptrace::Change::Stopped { signal, event: 0 }) => return Err(WaitError::Signal(tid, signal)),
-                Some(ptrace::Change::Stopped { .. }) => break,
-                Some(ptrace::Change::Gone(status)) => {
-                    return Err(WaitError::Io(io::Error::other(format!(
-                        "task {tid} ended with wait status {status:#x}"
-                    ))));
-                }
-                None if Instant::now() > end => return Err(late()),
-                None => std::thread::yield_now(),
-            }
-        }
-        let rip = ptrace::regs(tid).map_err(WaitError::Io)?.rip;
-        if done(rip) {
-            return Ok(());
-        }
-        if Instant::now() > end {
-            return Err(late());
-        }
-        ptrace::cont(tid, 0).map_err(WaitError::Io)?;
-    }
+/// For each task a mark.
+fn pick_marks(p: &Proc) -> io::Result<Vec<Mark>> {
+    p.tasks.iter().map(|t| Ok(pick(&status::read_task(p.pid, t.tid)?))).collect()
 }
 
-/// For each task a signal that is ignored by default, not handled by the process and not blocked by the task.
-fn pick_signals(p: &Proc) -> io::Result<Vec<Option<i32>>> {
-    p.tasks.iter().map(|t| Ok(usable(&status::read_task(p.pid, t.tid)?))).collect()
-}
-
-fn usable(s: &status::Status) -> Option<i32> {
+/// A signal that is ignored by default, not handled by the process and not blocked by the task, or else a call.
+fn pick(s: &status::Status) -> Mark {
     let taken = s.sig_blocked | s.sig_caught;
-    let mut ignored = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD].into_iter();
-    ignored.find(|s| taken >> (s - 1) & 1 == 0)
+    let ignored = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD].into_iter();
+    ignored
+        .filter(|s| taken >> (s - 1) & 1 == 0)
+        .map(Mark::Signal)
+        .next()
+        .unwrap_or(Mark::Call)
 }
 
 #[cfg(test)]
@@ -558,7 +562,7 @@ mod tests {
     use super::*;
     use crate::{
         dump::{self, mm::Cache, tree::DumpError},
-        sys::check,
+        sys::{check, misc},
         vacate::{left_inside, tests::Child},
     };
     use std::sync::atomic::Ordering;
@@ -634,6 +638,66 @@ mod tests {
         goes_on(&page);
     }
 
+    fn stopped(child: &Child) -> Option<Frozen> {
+        let f = Frozen::freeze(child.0, Duration::from_secs(5));
+        f.inspect_err(|e| eprintln!("SKIP: no right to trace: {e}")).ok()
+    }
+
+    /// Runs a batch with a pause in it, at which `f` is called; returns what its calls returned.
+    fn run_with_pause(f: &Frozen, inj: &Injector, mut at_pause: impl FnMut()) -> Vec<i64> {
+        let ask = Record::new(libc::SYS_getppid, &[]);
+        let batch = vec![ask, inj.pause(0), ask, ask];
+        let results = inj.run_with(&f.procs[0].tasks, &[batch], Some((1, &mut at_pause))).unwrap();
+        results[0].ret.clone()
+    }
+
+    /// An agent that is kept from its cpu for as long as it may be finds the task where it left it.
+    #[test]
+    fn a_task_that_blocks_every_signal_waits_for_its_agent() {
+        let page = page();
+        let mut began = false;
+        let child = Child::new(|| {
+            if !std::mem::replace(&mut began, true) {
+                misc::block_all_signals();
+            }
+            page.word(0).fetch_add(1, Ordering::SeqCst);
+        });
+        goes_on(&page);
+        let me = i64::from(std::process::id());
+        for _ in 0..20 {
+            let Some(mut f) = stopped(&child) else { return };
+            let inj = attached(&mut f);
+            assert_eq!(inj.marks, [Mark::Call]);
+            let now = || page.word(0).load(Ordering::SeqCst);
+            let before = now();
+            let ret = run_with_pause(&f, &inj, || std::thread::sleep(Duration::from_millis(50)));
+            assert_eq!((now(), ret[0], ret[2], ret[3]), (before, me, me, me));
+            assert_eq!(ptrace::regs(child.0).unwrap(), f.procs[0].tasks[0].regs);
+            inj.leave(&mut f).unwrap();
+            assert_eq!(now(), before);
+            drop(f);
+            goes_on(&page);
+        }
+    }
+
+    /// A window changes its size: the signal is not the one by which the stub tells that it has come to its end.
+    #[test]
+    fn a_signal_of_somebody_else_ends_no_batch() {
+        let page = page();
+        let child = Child::new(|| {
+            page.word(0).fetch_add(1, Ordering::SeqCst);
+        });
+        let Some(mut f) = stopped(&child) else { return };
+        let inj = attached(&mut f);
+        assert_eq!(inj.marks, [Mark::Signal(libc::SIGURG)]);
+        let me = i64::from(std::process::id());
+        let ret = run_with_pause(&f, &inj, || misc::kill(child.0, libc::SIGURG).unwrap());
+        assert_eq!((ret[0], ret[2], ret[3]), (me, me, me));
+        inj.leave(&mut f).unwrap();
+        drop(f);
+        goes_on(&page);
+    }
+
     /// What a dead agent may leave: a leader on its way out of the stub. Asked then, it would go round in it for ever.
     #[test]
     fn a_leader_in_the_stub_is_asked_nothing() {
@@ -644,7 +708,7 @@ mod tests {
         };
         let inj = attached(&mut f);
         inj.leave_behind(&mut f.procs[0].tasks[0]).unwrap();
-        let asked = dump::tree::frozen(&mut f, dump::host::host().unwrap(), &mut Cache::default(), |_| ());
+        let asked = dump::tree::frozen(&mut f, &mut Vec::new(), dump::host::host().unwrap(), &mut Cache::default(), |_| ());
         assert!(matches!(asked, Err(DumpError::Inside(_))), "{:?}", asked.map(|_| ()));
         drop(f);
         goes_on(&page);

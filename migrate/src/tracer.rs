@@ -3,7 +3,7 @@
 //! A [`Frozen`] tree is a guard: dropping it thaws. It is bound to the thread that made it, because ptrace is; [`Tracer`] is the
 //! named thread that owns it, and async code posts closures to it.
 //!
-//! Tasks are SEIZEd without options and INTERRUPTed. Nothing stays traced outside a freeze: a signal stop that an agent handles while it is
+//! Tasks are SEIZEd and INTERRUPTed. Nothing stays traced outside a freeze: a signal stop that an agent handles while it is
 //! killed loses that signal. PTRACE_O_EXITKILL is never set here.
 //!
 //! The freeze repeats its search until a pass finds no task that is not stopped, so that a fork in the middle of it is caught. A parent inside
@@ -394,30 +394,38 @@ impl Frozen {
         self.procs.iter().map(|p| p.tasks.len()).sum()
     }
 
-    /// Lets a task take a signal that arrived while it was being used, and stops it again.
+    /// Lets a task take a signal that arrived while it was being used, and stops it again. One that does not stop is no part of the tree any more: it runs, and
+    /// the registers that it had are of the past.
     pub fn deliver(&mut self, tid: i32, signal: i32) -> io::Result<()> {
-        let task = self
-            .procs
-            .iter_mut()
-            .flat_map(|p| &mut p.tasks)
-            .find(|t| t.tid == tid)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("task {tid} is not part of the tree")))?;
-        ptrace::set_regs(tid, &task.regs)?;
-        ptrace::interrupt(tid)?;
-        ptrace::cont(tid, signal)?;
-        let end = Instant::now() + Duration::from_secs(2);
-        loop {
-            match wait_stop_once(tid)? {
-                Some(Some(_)) => break,
-                Some(None) => return Err(io::Error::other(format!("task {tid} ended by signal {signal} during the freeze"))),
-                None if Instant::now() > end => {
-                    return Err(io::Error::other(format!("task {tid} does not stop again after signal {signal}")));
-                }
-                None => std::thread::sleep(Duration::from_micros(20)),
-            }
+        let tasks = self.procs.iter_mut().map(|p| &mut p.tasks);
+        let found = tasks
+            .filter_map(|tasks| tasks.iter().position(|t| t.tid == tid).map(|at| (tasks, at)))
+            .next();
+        let (tasks, at) = found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("task {tid} is not part of the tree")))?;
+        let stopped = taken(tid, &tasks[at].regs, signal);
+        match &stopped {
+            Ok(regs) => tasks[at].regs = *regs,
+            Err(_) => drop(tasks.remove(at)),
         }
-        task.regs = ptrace::regs(tid)?;
-        Ok(())
+        stopped.map(drop)
+    }
+}
+
+/// Has a stopped task go on from these registers with a signal, and stops it again; its registers then.
+fn taken(tid: i32, regs: &Regs, signal: i32) -> io::Result<Regs> {
+    ptrace::set_regs(tid, regs)?;
+    ptrace::interrupt(tid)?;
+    ptrace::cont(tid, signal)?;
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        match wait_stop_once(tid)? {
+            Some(Some(_)) => return ptrace::regs(tid),
+            Some(None) => return Err(io::Error::other(format!("task {tid} ended by signal {signal} during the freeze"))),
+            None if Instant::now() > end => {
+                return Err(io::Error::other(format!("task {tid} does not stop again after signal {signal}")));
+            }
+            None => std::thread::sleep(Duration::from_micros(20)),
+        }
     }
 }
 

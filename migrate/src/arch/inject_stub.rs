@@ -1,18 +1,24 @@
 //! The stub that runs system calls inside a live target, and brings it back by itself if the agent dies.
 //!
 //! It lives in the zero tail of the target's `[vdso]` page, so no stack of the target is touched. A batch is a table of records in a page that
-//! target and agent share. The last record is `tgkill(self, SIGURG)` or another signal that is ignored by default: traced it is a
-//! stop that hands control to the agent; untraced it does nothing. A task that blocks or handles all such signals *lingers* instead: it marks the
-//! table and spins for some milliseconds, in which the agent interrupts it. (A futex would be kinder but clobbers the restart block.) In either
-//! case, if no agent comes, the stub goes on to bring the original context back:
+//! target and agent share. The last record is a *mark*, at which the agent stops the task: `tgkill(self, SIGURG)` or another signal that is ignored by
+//! default. Traced it is a stop that hands control to the agent; untraced it does nothing. A task that blocks or handles all such signals makes a call that
+//! does nothing instead, and the agent follows its calls (PTRACE_SYSCALL). In either case, if no agent comes, the stub goes on to bring the original context
+//! back:
 //!
 //! - *jump*: munmap the shared table, load every register from immediates, `jmp`. FPU state, signal mask and restart block are
 //!   untouched, so even an interrupted nanosleep goes on. One copy of the immediates fits in the tail: it belongs to the leader.
 //! - *iret*: the other threads pop their registers from a frame in the shared table and leave with iretq, which restores flags, stack
 //!   pointer and instruction pointer at once (Intel SDM vol. 2A, IRET). The table stays mapped then.
 //!
-//! Tried and dropped: rt_sigreturn instead of the jump works too but clears the restart block, so a relative sleep would start anew.
+//! Tried and dropped:
+//!
+//! - rt_sigreturn instead of the jump works too but clears the restart block, so a relative sleep would start anew.
+//! - A task that blocked all signals *lingered*: it spun for some tens of milliseconds, in which the agent interrupted it. On a busy host the agent was
+//!   kept from its cpu for longer, the task went home, and then it was given the registers that it had had before: a stack pointer of the past, and a
+//!   return to whatever lay there. Every handler that runs with all signals blocked is such a task. (A futex to wait on would clobber the restart block.)
 
+use super::pilot::Record;
 use crate::image::Regs;
 
 /// Bytes of zeros the stub needs at the end of the vdso.
@@ -23,29 +29,46 @@ pub const MAX: usize = 512;
 pub struct Stub {
     /// Code.
     pub code: Vec<u8>,
-    /// Runs a table: r12 table, r13 records, r14 turns to linger or 0, r15 return frame or 0 for the jump. Before lingering it stores r14 behind the
-    /// last record.
+    /// Runs a table: r12 table, r13 records, r15 return frame or 0 for the jump.
     pub run: u64,
-    /// One system call with registers as set, its result in r14; then r15 turns of lingering or, when r15 is 0, the signal with tgid r12, tid
-    /// r13; then the jump without munmap.
+    /// One system call with registers as set, its result in r14; then the mark, with tgid r12 and tid r13 if it is a signal; then the jump without munmap.
     pub boot: u64,
-    /// Where a lingering boot spins.
-    pub boot_spin: std::ops::Range<u64>,
+    /// Where the mark of boot has been made.
+    pub boot_end: u64,
     /// munmap of the table and the jump: the regular way out of the last thread.
     pub exit: u64,
 }
 
+/// How a task tells the agent that it has come to a certain point. Nothing comes of it in a task that is not traced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// By a signal to itself, which it neither blocks nor handles, and which is ignored by default.
+    Signal(i32),
+    /// By getpid(2), of an agent who follows its system calls.
+    Call,
+}
+
+impl Mark {
+    /// The system call, by a task with these ids in its own pid namespace.
+    pub fn record(self, tgid: i32, tid: i32) -> Record {
+        match self {
+            Mark::Signal(signal) => Record::new(libc::SYS_tgkill, &[tgid as u64, tid as u64, signal as u64]),
+            Mark::Call => Record::new(libc::SYS_getpid, &[]),
+        }
+    }
+}
+
 /// Builds the stub to live at `base`, returning to `back` (already fixed for a restart), with the table at `table`.
-pub fn build(base: u64, back: &Regs, table: u64, table_len: u64, signal: i32) -> Stub {
+pub fn build(base: u64, back: &Regs, table: u64, table_len: u64, mark: Mark) -> Stub {
     let mut c: Vec<u8> = Vec::with_capacity(MAX);
     let imm = |c: &mut Vec<u8>, op: [u8; 2], v: u64| {
         c.extend_from_slice(&op);
         c.extend_from_slice(&v.to_le_bytes());
     };
     let run = 0;
-    // run: test r13,r13; jz out
+    // run: test r13,r13; jz ret
     c.extend_from_slice(&[0x4d, 0x85, 0xed, 0x74, 0]);
-    let jz_out = c.len();
+    let jz_ret = c.len();
     // mov rax,[r12]; rdi,[r12+8]; rsi,+16; rdx,+24; r10,+32; r8,+40; r9,+48; syscall; mov [r12+56],rax; add r12,64; dec r13; jmp run
     c.extend_from_slice(&[
         0x49, 0x8b, 0x04, 0x24, 0x49, 0x8b, 0x7c, 0x24, 8, 0x49, 0x8b, 0x74, 0x24, 16, 0x49, 0x8b, 0x54, 0x24, 24,
@@ -56,11 +79,7 @@ pub fn build(base: u64, back: &Regs, table: u64, table_len: u64, signal: i32) ->
     c.extend_from_slice(&[0x49, 0x89, 0x44, 0x24, 56, 0x49, 0x83, 0xc4, 64, 0x49, 0xff, 0xcd, 0xeb]);
     let here = c.len() + 1;
     c.push((run as i64 - here as i64) as i8 as u8);
-    c[jz_out - 1] = (c.len() - jz_out) as u8;
-    // out: test r14,r14; jz ret; mov [r12],r14; spin: pause; dec r14; jnz spin
-    c.extend_from_slice(&[
-        0x4d, 0x85, 0xf6, 0x74, 11, 0x4d, 0x89, 0x34, 0x24, 0xf3, 0x90, 0x49, 0xff, 0xce, 0x75, 0xf9,
-    ]);
+    c[jz_ret - 1] = (c.len() - jz_ret) as u8;
     // ret: test r15,r15; jz exit
     c.extend_from_slice(&[0x4d, 0x85, 0xff, 0x74, 0]);
     let jz_exit = c.len();
@@ -77,18 +96,16 @@ pub fn build(base: u64, back: &Regs, table: u64, table_len: u64, signal: i32) ->
     imm(&mut c, [0x48, 0xbe], table_len);
     c.extend_from_slice(&[0x0f, 0x05, 0xeb, 0]);
     let jmp_load = c.len();
-    // boot: syscall; mov r14,rax; test r15,r15; jz sig; spin: pause; dec r15; jnz spin; jmp load
+    // boot: syscall; mov r14,rax; mov eax,mark; mov rdi,r12; mov rsi,r13; mov edx,signal; syscall
     let boot = c.len() as u64;
-    c.extend_from_slice(&[0x0f, 0x05, 0x49, 0x89, 0xc6, 0x4d, 0x85, 0xff, 0x74, 9]);
-    let boot_spin = c.len() as u64..c.len() as u64 + 9;
-    c.extend_from_slice(&[0xf3, 0x90, 0x49, 0xff, 0xcf, 0x75, 0xf9, 0xeb, 0]);
-    let jmp_load2 = c.len();
-    // sig: mov eax,234; mov rdi,r12; mov rsi,r13; mov edx,signal; syscall
-    c.extend_from_slice(&[0xb8, 234, 0, 0, 0, 0x4c, 0x89, 0xe7, 0x4c, 0x89, 0xee, 0xba]);
-    c.extend_from_slice(&signal.to_le_bytes());
+    let mark = mark.record(0, 0);
+    c.extend_from_slice(&[0x0f, 0x05, 0x49, 0x89, 0xc6, 0xb8]);
+    c.extend_from_slice(&(mark.nr as u32).to_le_bytes());
+    c.extend_from_slice(&[0x4c, 0x89, 0xe7, 0x4c, 0x89, 0xee, 0xba]);
+    c.extend_from_slice(&(mark.args[2] as u32).to_le_bytes());
     c.extend_from_slice(&[0x0f, 0x05]);
+    let boot_end = c.len() as u64;
     c[jmp_load - 1] = (c.len() - jmp_load) as u8;
-    c[jmp_load2 - 1] = (c.len() - jmp_load2) as u8;
     // load: every register from an immediate
     for (op, v) in [
         ([0x48, 0xb8], back.rax),
@@ -127,7 +144,7 @@ pub fn build(base: u64, back: &Regs, table: u64, table_len: u64, signal: i32) ->
         code: c,
         run,
         boot,
-        boot_spin,
+        boot_end,
         exit,
     }
 }

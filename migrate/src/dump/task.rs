@@ -85,8 +85,14 @@ pub struct AskedThread {
     pub mempolicy: bool,
 }
 
-/// Asks the process. The injector stays, so that it can leave the process properly.
-pub fn ask(p: &Proc, maps: &[Mapping], inner: &[i32], tid_map: &HashMap<i32, i32>) -> Result<(Asked, Injector), InjectError> {
+/// Asks the process. The injector stays in `place`, whatever comes of it: it serves the next try, and can leave the process properly.
+pub fn ask(
+    p: &Proc,
+    place: &mut Option<Injector>,
+    maps: &[Mapping],
+    inner: &[i32],
+    tid_map: &HashMap<i32, i32>,
+) -> Result<Asked, InjectError> {
     let pid = p.pid;
     let io = |what| move |source| InjectError::Io { pid, what, source };
     let listed = procfs::read(pid, "timers")
@@ -98,7 +104,10 @@ pub fn ask(p: &Proc, maps: &[Mapping], inner: &[i32], tid_map: &HashMap<i32, i32
             reason: format!("it has {} POSIX timers, more than {MAX_TIMERS}", listed.len()),
         });
     }
-    let inj = Injector::attach(p, maps, inner)?;
+    let inj = &*match place {
+        Some(inj) => inj,
+        None => place.insert(Injector::attach(p, maps, inner)?),
+    };
     let sys = |nr: i64, args: &[u64]| Record::new(nr, args);
     let mut batches = Vec::new();
     for (i, _) in p.tasks.iter().enumerate() {
@@ -162,12 +171,12 @@ pub fn ask(p: &Proc, maps: &[Mapping], inner: &[i32], tid_map: &HashMap<i32, i32
             overruns.extend(r[0].ret.chunks(2).map(|c| c[1] as i32));
         }
         let mut results = results;
-        results.timers = posix_timers(&inj, &listed, &overruns, tid_map);
+        results.timers = posix_timers(inj, &listed, &overruns, tid_map);
         results
     };
     let mut asked = asked;
     asked.table = inj.table();
-    Ok((asked, inj))
+    Ok(asked)
 }
 
 fn read_results(res: &[Results<'_>]) -> Asked {

@@ -148,8 +148,6 @@ fn drop_ended(procs: &mut Vec<Proc>) -> usize {
 pub struct Found<R> {
     /// Everything but the pages.
     pub dumped: Dumped,
-    /// What was put into the processes, so that a thaw leaves no trace.
-    pub injectors: Vec<Option<Injector>>,
     /// What the caller's own look gave; `None` where something is in the way.
     pub also: Option<R>,
 }
@@ -163,16 +161,22 @@ struct Inner {
 }
 
 /// Reads everything of a frozen tree but the pages; `also` is the caller's look at their tables. Signals that arrive in between are delivered and the
-/// question is asked again.
+/// question is asked again. `injectors` gets what was put into the processes, for a thaw that leaves no trace.
 ///
 /// Asking and reading at once, on two threads, did not pay: on two cores the stub waited for one of them, and 0.3 ms became 1.3 as often as not.
-pub fn frozen<R>(f: &mut Frozen, host: Host, cache: &mut mm::Cache, also: impl FnOnce(&Dumped) -> R) -> Result<Found<R>, DumpError> {
+pub fn frozen<R>(
+    f: &mut Frozen,
+    injectors: &mut Vec<Option<Injector>>,
+    host: Host,
+    cache: &mut mm::Cache,
+    also: impl FnOnce(&Dumped) -> R,
+) -> Result<Found<R>, DumpError> {
     // One of them may be on its way out of a stub that a dead agent has left, whose code the questions would overwrite under it.
     let inside: Vec<Blocker> = f.procs.iter().filter_map(in_the_vdso).collect();
     if !inside.is_empty() {
         return Err(DumpError::Inside(inside));
     }
-    let Answers { inner, injectors } = ask_all(f)?;
+    let inner = ask_all(f, injectors)?;
     let lists = f.procs.iter().zip(&inner).map(|(p, i)| {
         let mut list = maps::maps(p.pid)?;
         list.retain(|m| (m.start, m.end) != i.asked.table);
@@ -200,28 +204,16 @@ pub fn frozen<R>(f: &mut Frozen, host: Host, cache: &mut mm::Cache, also: impl F
                 .push(Blocker::new(place, "it runs 32-bit code", "32-bit programs cannot move"));
         }
     }
-    Ok(Found {
-        dumped: d,
-        injectors,
-        also,
-    })
-}
-
-/// What the processes answered.
-struct Answers {
-    inner: Vec<Inner>,
-    injectors: Vec<Option<Injector>>,
+    Ok(Found { dumped: d, also })
 }
 
 /// Asks every process, and reads what ptrace shows of its threads.
-fn ask_all(f: &mut Frozen) -> Result<Answers, DumpError> {
+fn ask_all(f: &mut Frozen, injectors: &mut Vec<Option<Injector>>) -> Result<Vec<Inner>, DumpError> {
     let mut laps = Laps::start();
     let all_cpus = online_cpus();
-    let mut out = Answers {
-        inner: Vec::new(),
-        injectors: Vec::new(),
-    };
-    for i in 0..f.procs.len() {
+    let mut out = Vec::new();
+    injectors.resize_with(f.procs.len(), || None);
+    for (i, place) in injectors.iter_mut().enumerate() {
         let mut tries = 0;
         let answer = loop {
             let p = &f.procs[i];
@@ -231,7 +223,7 @@ fn ask_all(f: &mut Frozen) -> Result<Answers, DumpError> {
             let ids = p.tasks.iter().map(|t| status::read_task(p.pid, t.tid).map(|s| s.inner_pid()));
             let inner: Vec<i32> = ids.collect::<Result<_, _>>()?;
             let tid_map: HashMap<i32, i32> = p.tasks.iter().map(|t| t.tid).zip(inner.iter().copied()).collect();
-            match task::ask(p, &maps::maps(p.pid)?, &inner, &tid_map) {
+            match task::ask(p, place, &maps::maps(p.pid)?, &inner, &tid_map) {
                 Ok(answer) => break Some(answer),
                 Err(InjectError::Signal { tid, signal }) if tries < 100 => {
                     tries += 1;
@@ -242,11 +234,11 @@ fn ask_all(f: &mut Frozen) -> Result<Answers, DumpError> {
         };
         laps.lap("ask");
         let p = &f.procs[i];
-        let (mut inner, injector) = match answer {
-            Some((asked, injector)) => (Inner { asked, ..Inner::default() }, Some(injector)),
-            None => Default::default(),
+        let mut inner = Inner {
+            asked: answer.unwrap_or_default(),
+            ..Inner::default()
         };
-        if injector.is_some() && status::read(p.pid)?.vm_lck_kb > 0 {
+        if place.is_some() && status::read(p.pid)?.vm_lck_kb > 0 {
             // A new mapping shows what mlockall(MCL_FUTURE) does to new mappings.
             let table = inner.asked.table;
             if let Some(t) = maps::smaps(p.pid)?.iter().find(|m| (m.start, m.end) == table) {
@@ -261,8 +253,7 @@ fn ask_all(f: &mut Frozen) -> Result<Answers, DumpError> {
             inner.pending = task::pending(leader.tid, true)?;
         }
         laps.lap("threads");
-        out.inner.push(inner);
-        out.injectors.push(injector);
+        out.push(inner);
     }
     laps.log("ask");
     Ok(out)

@@ -2,13 +2,14 @@
 
 use super::shared;
 use crate::{
+    arch::pilot::Record,
     inject::{InjectError, Injector},
     procfs::{
         maps::{self, Mapping},
         status,
     },
     sys::uffd,
-    tracer::Frozen,
+    tracer::{Frozen, Proc},
     track::{Tracker, listener::Listener, shared::SharedMemory, wp_async::WpAsync},
 };
 use std::{io, time::Duration};
@@ -51,27 +52,43 @@ pub fn track_shared(pid: i32, listener: &Listener) -> io::Result<Option<SharedMe
 /// Makes something of the descriptor's number in the process, and of its mappings.
 type Take<'a, T> = &'a dyn Fn(i32, &[Mapping]) -> io::Result<T>;
 
+/// How far a process is with its userfaultfd. A signal may end a batch before or after its call was made, and has to be delivered before the next: it is kept
+/// what was done already.
+struct Making<T> {
+    injector: Option<Injector>,
+    /// What userfaultfd(2) returned, until it is closed.
+    made: Option<i32>,
+    /// What was made of it.
+    taken: Option<io::Result<T>>,
+}
+
 /// Has a stopped process make a userfaultfd, takes it, and has the process close it.
-///
-/// A signal may end a batch before or after its call was made, and has to be delivered before the next: it is kept what was done already.
 fn make<T>(f: &mut Frozen, pid: i32, take: Take<'_, T>) -> io::Result<T> {
-    let mut made: Option<i32> = None;
-    let mut taken = None;
+    let mut state = Making {
+        injector: None,
+        made: None,
+        taken: None,
+    };
+    let ended = steps(f, pid, take, &mut state);
+    if let Some(inj) = state.injector {
+        inj.leave(f).map_err(io::Error::other)?;
+    }
+    ended?;
+    state.taken.ok_or_else(|| io::Error::other("userfaultfd(2) gave nothing"))?
+}
+
+fn steps<T>(f: &mut Frozen, pid: i32, take: Take<'_, T>, state: &mut Making<T>) -> io::Result<()> {
     for _ in 0..100 {
         let i = f
             .procs
             .iter()
             .position(|p| p.pid == pid && !p.is_zombie() && p.tasks[0].tid == pid)
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "it has ended"))?;
-        let signal = match step(&f.procs[i], take, &mut made, &mut taken) {
-            Ok(inj) => {
-                inj.leave(f).map_err(io::Error::other)?;
-                return taken.ok_or_else(|| io::Error::other("userfaultfd(2) gave nothing"))?;
-            }
-            Err(InjectError::Signal { tid, signal }) => (tid, signal),
+        match step(&f.procs[i], take, state) {
+            Ok(()) => return Ok(()),
+            Err(InjectError::Signal { tid, signal }) => f.deliver(tid, signal)?,
             Err(e) => return Err(io::Error::other(e)),
-        };
-        f.deliver(signal.0, signal.1)?;
+        }
     }
     Err(io::Error::other("signals kept coming"))
 }
@@ -86,76 +103,59 @@ fn lowest_free(pid: i32) -> io::Result<i32> {
 }
 
 /// As much as can be done before a signal comes.
-fn step<T>(
-    p: &crate::tracer::Proc,
-    take: Take<'_, T>,
-    made: &mut Option<i32>,
-    tracker: &mut Option<io::Result<T>>,
-) -> Result<Injector, InjectError> {
-    use crate::arch::pilot::Record;
+fn step<T>(p: &Proc, take: Take<'_, T>, state: &mut Making<T>) -> Result<(), InjectError> {
     let pid = p.pid;
     let io = |what| move |source| InjectError::Io { pid, what, source };
-    if crate::vacate::left_inside(p).is_some() {
-        // Perhaps still on its way out of an earlier batch, whose code this one would overwrite.
-        let reason = "a thread is in the middle of the vdso".into();
-        return Err(InjectError::Unfit { pid, reason });
-    }
-    let inner = p
-        .tasks
-        .iter()
-        .map(|t| status::read_task(pid, t.tid).map(|s| s.inner_pid()))
-        .collect::<io::Result<Vec<_>>>()
-        .map_err(io("read /proc/PID/status"))?;
     let now = maps::maps(pid).map_err(io("read /proc/PID/maps"))?;
-    let inj = Injector::attach(p, &now, &inner)?;
-    let run = |record: Record| -> Result<(), InjectError> {
-        let mut batches = vec![Vec::new(); p.tasks.len()];
-        batches[0] = vec![record];
-        inj.run(&p.tasks, &batches).map(drop)
+    let inj = match &mut state.injector {
+        Some(inj) => inj,
+        none => {
+            if crate::vacate::left_inside(p).is_some() {
+                // Perhaps still on its way out of an earlier batch, whose code this one would overwrite.
+                let reason = "a thread is in the middle of the vdso".into();
+                return Err(InjectError::Unfit { pid, reason });
+            }
+            let inner = p.tasks.iter().map(|t| status::read_task(pid, t.tid).map(|s| s.inner_pid()));
+            let inner = inner.collect::<io::Result<Vec<_>>>().map_err(io("read /proc/PID/status"))?;
+            none.insert(Injector::attach(p, &now, &inner)?)
+        }
     };
-    let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
-    let make = Record::new(libc::SYS_userfaultfd, &[flags]);
-    if made.is_none()
-        && let Some(pause) = inj.pause(0)
-        && let Ok(next) = lowest_free(pid)
-    {
+    let batches = |leaders| {
+        let mut batches = vec![Vec::new(); p.tasks.len()];
+        batches[0] = leaders;
+        batches
+    };
+    let close = |fd: i32| Record::new(libc::SYS_close, &[fd as u64]);
+    if state.made.is_none() {
+        let next = lowest_free(pid).map_err(io("read /proc/PID/fd"))?;
+        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
         // Made, taken by this agent while it pauses, and closed, in one batch: if the agent dies in the middle the program closes it all the same. All
         // of its tasks are stopped, so its number is known before it is made.
-        let mut batches = vec![Vec::new(); p.tasks.len()];
-        batches[0] = vec![make, pause, Record::new(libc::SYS_close, &[next as u64])];
-        let mut taken = None;
+        let batch = vec![Record::new(libc::SYS_userfaultfd, &[flags]), inj.pause(0), close(next)];
         let mut at_pause = || {
             if let Some(fd) = inj.returned(0, 0).filter(|fd| *fd >= 0) {
-                taken = Some(take(fd as i32, &now));
+                state.taken = Some(take(fd as i32, &now));
             }
         };
-        let ran = inj.run_with(&p.tasks, &batches, Some(&mut at_pause)).map(drop);
-        *made = inj.returned(0, 0).map(|r| r as i32);
-        if taken.is_some() {
-            *tracker = taken;
+        let ran = inj.run_with(&p.tasks, &batches(batch), Some((1, &mut at_pause))).map(drop);
+        state.made = inj.returned(0, 0).map(|r| r as i32);
+        if inj.returned(0, 2) == Some(0) && state.made == Some(next) {
+            state.made = Some(-libc::EBADF);
         }
-        if inj.returned(0, 2) == Some(0) && *made == Some(next) {
-            *made = Some(-libc::EBADF);
-        }
-        ran?;
-    } else if made.is_none() {
-        let ran = run(make);
-        *made = inj.returned(0, 0).map(|r| r as i32);
         ran?;
     }
-    let Some(fd) = *made else { return Ok(inj) };
+    let Some(fd) = state.made else { return Ok(()) };
     if fd < 0 {
-        tracker.get_or_insert_with(|| Err(io::Error::from_raw_os_error(-fd)));
-        return Ok(inj);
+        state.taken.get_or_insert_with(|| Err(io::Error::from_raw_os_error(-fd)));
+        return Ok(());
     }
-    if tracker.is_none() {
-        *tracker = Some(take(fd, &now));
+    if state.taken.is_none() {
+        state.taken = Some(take(fd, &now));
     }
-    let ran = run(Record::new(libc::SYS_close, &[fd as u64]));
+    let ran = inj.run(&p.tasks, &batches(vec![close(fd)])).map(drop);
     if inj.returned(0, 0).is_some() {
         // Closed: whatever comes now, this is not done twice.
-        *made = Some(-libc::EBADF);
+        state.made = Some(-libc::EBADF);
     }
-    ran?;
-    Ok(inj)
+    ran
 }

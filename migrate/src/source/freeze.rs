@@ -201,7 +201,7 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
     };
     let mut scan = Duration::ZERO;
     let mut rounds = rounds;
-    let found = dump::tree::frozen(&mut held.frozen, host, cache, |d| {
+    let found = dump::tree::frozen(&mut held.frozen, &mut held.injectors, host, cache, |d| {
         let began = Instant::now();
         let last = match &mut rounds {
             Some(r) => r.last(d),
@@ -222,7 +222,6 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
         Err(e) => return Err(fail(format!("cannot read the frozen tree: {e}"))),
     };
     let d = found.dumped;
-    held.injectors = found.injectors;
     let last = match found.also {
         Some(last) if d.blockers.is_empty() => last,
         _ => return Ok(Err(d.blockers)),

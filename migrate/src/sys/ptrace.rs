@@ -15,15 +15,17 @@ const GET_RSEQ: u32 = 0x420f;
 const NT_X86_XSTATE: usize = 0x202;
 /// Event number of a PTRACE_INTERRUPT stop or group stop of a seized task.
 pub const EVENT_STOP: i32 = 128;
+/// Signal number of a stop at a system call.
+pub const CALL_STOP: i32 = libc::SIGTRAP | 0x80;
 
 fn call(request: u32, tid: i32, addr: usize, data: usize) -> io::Result<i64> {
     // SAFETY: the requests used here read or write only memory that the callers of this private function own for the call.
     check(unsafe { libc::ptrace(request as _, tid, addr, data) })
 }
 
-/// PTRACE_SEIZE without options: the task runs on.
+/// PTRACE_SEIZE: the task runs on. The one option is that stops at system calls can be told from signals.
 pub fn seize(tid: i32) -> io::Result<()> {
-    call(SEIZE, tid, 0, 0).map(drop)
+    call(SEIZE, tid, 0, libc::PTRACE_O_TRACESYSGOOD as usize).map(drop)
 }
 
 /// PTRACE_INTERRUPT.
@@ -34,6 +36,11 @@ pub fn interrupt(tid: i32) -> io::Result<()> {
 /// PTRACE_CONT with a signal to deliver, 0 for none.
 pub fn cont(tid: i32, signal: i32) -> io::Result<()> {
     call(libc::PTRACE_CONT, tid, 0, signal as usize).map(drop)
+}
+
+/// PTRACE_SYSCALL: goes on to the begin or the end of the next system call, where it stops with [`CALL_STOP`].
+pub fn cont_to_call(tid: i32) -> io::Result<()> {
+    call(libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
 }
 
 /// PTRACE_DETACH.

@@ -12,6 +12,7 @@ mod fds;
 mod hold;
 mod host;
 mod kit;
+mod masked;
 mod memory;
 mod portrait;
 mod restart;
@@ -72,6 +73,7 @@ fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
         "timers" => timers::timers(kit),
         "restart" => restart::restart(kit, options),
         "rseq" => rseq::rseq(kit),
+        "masked" => masked::masked(kit, options.text("thread").is_some()),
         "tree" => tree::tree(kit, options),
         "fds" => fds::fds(kit),
         "files" => fds::many(kit, options),

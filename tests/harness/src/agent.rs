@@ -32,7 +32,8 @@ pub struct Run {
 }
 
 impl Run {
-    pub(crate) fn of(process: &Process<'_>, limit: Duration) -> Run {
+    /// Waits for the end of one that was started.
+    pub fn of(process: &Process<'_>, limit: Duration) -> Run {
         let ended = process.wait_for(limit);
         // The last bytes may still be in the pipe, for long on a machine with much to do. A tree that inherited it never closes it.
         eventually(Duration::from_millis(500), || process.all_read());
@@ -174,7 +175,7 @@ impl Host {
         args.extend(more);
         let on = if *out == Stdio::Terminal { Stdio::Terminal } else { Stdio::Pipe };
         let process = how(self.migrate(&args).stdio(on)).start();
-        let ticket = within("ticket of the receiver", Duration::from_secs(20), || {
+        let ticket = within("ticket of the receiver", Duration::from_secs(60), || {
             if let Some(ended) = process.ended() {
                 panic!("migrate receive ended: {ended:?}\n{}\n{}", process.stdout(), process.stderr());
             }
