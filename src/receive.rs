@@ -176,7 +176,6 @@ fn write_secret(file: &Path, secret: &str) -> std::io::Result<()> {
     let write = || {
         let mut open = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
         open.write_all(format!("{secret}\n").as_bytes())?;
-        open.sync_all()?;
         fs::rename(&temporary, file)
     };
     let result = write();
