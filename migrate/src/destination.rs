@@ -24,7 +24,7 @@ use crate::{
         sink::Sink,
     },
     steps,
-    sys::{misc, priority::Background},
+    sys::{awake::Awake, misc, priority::Background},
     tracer::Tracer,
     track,
     wire::{self, Accept, Applied, Attach, Attached, Channel, Message, Ranges, RoundStart, Running, State, WireError},
@@ -161,6 +161,7 @@ pub async fn serve<L: Link>(
         copy: None,
         lazy,
         keeper,
+        awake: None,
     };
     let mut rounds = Vec::new();
     let built = tokio::select! {
@@ -217,6 +218,7 @@ pub async fn serve<L: Link>(
         draining: draining.is_some(),
     };
     let told = wire::send(&mut link, &Message::Running(running)).await;
+    site.awake = None;
     entry.stage = Stage::Running;
     let _ = journal.update(&entry);
     steps::reached("noted that it runs");
@@ -361,6 +363,8 @@ struct Site<'a> {
     /// Pages may follow.
     lazy: bool,
     keeper: Option<Keeper>,
+    /// From the arrival of the state on.
+    awake: Option<Awake>,
 }
 
 impl Site<'_> {
@@ -487,6 +491,7 @@ async fn rounds_and_state<L: Link>(
         let start = match message {
             Message::Round(r) => *r,
             Message::State(state) => {
+                site.awake = Some(Awake::hold());
                 background.raise();
                 return last(link, site, rounds, *state, stdio, events).await;
             }

@@ -11,7 +11,10 @@ use crate::{
         pilot::{RECORD, Record},
     },
     image::Regs,
-    procfs::{maps, status},
+    procfs::{
+        maps,
+        status::{self, Status},
+    },
     sys::{mem::Mem, ptrace, region::Region},
     tracer::{Frozen, Proc, Task},
 };
@@ -88,12 +91,12 @@ impl Results<'_> {
 }
 
 impl Injector {
-    /// Puts the stub and the table into a stopped process. `inner` gives the tasks' ids in the innermost pid namespace, leader first.
-    pub fn attach(p: &Proc, maps: &[maps::Mapping], inner: &[i32]) -> Result<Injector, InjectError> {
+    /// Puts the stub and the table into a stopped process. `states` are those of its tasks, leader first.
+    pub fn attach(p: &Proc, maps: &[maps::Mapping], states: &[Status]) -> Result<Injector, InjectError> {
         let pid = p.pid;
         let io = |what| move |source| InjectError::Io { pid, what, source };
-        let marks = pick_marks(p).map_err(io("read signal masks"))?;
-        let site = Site::of(pid, maps, inner[0], marks[0])?;
+        let marks: Vec<Mark> = states.iter().map(pick).collect();
+        let site = Site::of(pid, maps, states[0].inner_pid(), marks[0])?;
         let leader = &p.tasks[0];
         let len = (HEAD + LEADER + SLICE * (p.tasks.len() - 1)) as u64;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -115,8 +118,14 @@ impl Injector {
             .map_err(io("open /proc/PID/map_files of the shared table"))?;
         let region = Region::map(&file, len as usize, table).map_err(io("map the shared table here"))?;
         region.write(0, MAGIC);
-        let tids = p.tasks.iter().map(|t| t.tid).zip(inner.iter().copied()).collect();
+        let tids = p.tasks.iter().map(|t| t.tid).zip(states.iter().map(Status::inner_pid)).collect();
         Ok(Injector { site, tids, marks, region })
+    }
+
+    /// Tells it what the tasks are like now: a signal that was delivered may have led one into a handler, which blocks others.
+    pub fn renew(&mut self, states: &[Status]) {
+        self.marks = states.iter().map(pick).collect();
+        self.site.mark = self.marks[0];
     }
 
     /// The shared table's range in the process.
@@ -262,7 +271,7 @@ impl Injector {
     /// Unmaps the table. Nobody is in the stub then, and every task of the tree is stopped where it was, or where a signal that came meanwhile has led it.
     ///
     /// Until then the table stays mapped, which is harmless in a tree that is going to be killed.
-    pub fn leave(self, f: &mut Frozen) -> Result<(), InjectError> {
+    pub fn leave(mut self, f: &mut Frozen) -> Result<(), InjectError> {
         let pid = self.site.pid;
         let failed = |what, source| InjectError::Io { pid, what, source };
         for _ in 0..100 {
@@ -278,6 +287,8 @@ impl Injector {
             if unmapped.done {
                 return Ok(());
             }
+            let status = status::read_task(pid, pid).map_err(|e| failed("read /proc/PID/status", e))?;
+            self.site.mark = pick(&status);
         }
         Err(failed("unmap the shared table", io::Error::other("signals kept coming")))
     }
@@ -541,13 +552,8 @@ fn stub_base(mem: &Mem, start: u64, end: u64) -> io::Result<Option<u64>> {
     Ok((at + inject_stub::MAX <= page.len()).then_some(start + at as u64))
 }
 
-/// For each task a mark.
-fn pick_marks(p: &Proc) -> io::Result<Vec<Mark>> {
-    p.tasks.iter().map(|t| Ok(pick(&status::read_task(p.pid, t.tid)?))).collect()
-}
-
 /// A signal that is ignored by default, not handled by the process and not blocked by the task, or else a call.
-fn pick(s: &status::Status) -> Mark {
+fn pick(s: &Status) -> Mark {
     let taken = s.sig_blocked | s.sig_caught;
     let ignored = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD].into_iter();
     ignored
@@ -576,7 +582,7 @@ mod tests {
 
     extern "C" fn nothing(_: i32) {}
 
-    /// Counts, and is interrupted by its own timer all the time.
+    /// Counts, and is interrupted by its own timer all the time; in the handler every signal is blocked.
     fn counting(page: &Region) -> Child {
         let mut began = false;
         Child::new(|| {
@@ -586,9 +592,12 @@ mod tests {
                     it_interval: every,
                     it_value: every,
                 };
-                // SAFETY: the handler does nothing; `timer` outlives the call.
+                // SAFETY: the handler does nothing; all zeros is a value of a sigaction; what is pointed to outlives the calls.
                 unsafe {
-                    libc::signal(libc::SIGALRM, nothing as extern "C" fn(i32) as libc::sighandler_t);
+                    let mut action: libc::sigaction = std::mem::zeroed();
+                    action.sa_sigaction = nothing as extern "C" fn(i32) as libc::sighandler_t;
+                    libc::sigfillset(&mut action.sa_mask);
+                    check(i64::from(libc::sigaction(libc::SIGALRM, &action, std::ptr::null_mut()))).unwrap();
                     check(i64::from(libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()))).unwrap();
                 }
             }
@@ -608,7 +617,8 @@ mod tests {
     fn attached(f: &mut Frozen) -> Injector {
         loop {
             let p = &f.procs[0];
-            match Injector::attach(p, &maps::maps(p.pid).unwrap(), &[p.pid]) {
+            let state = status::read_task(p.pid, p.pid).unwrap();
+            match Injector::attach(p, &maps::maps(p.pid).unwrap(), &[state]) {
                 Err(InjectError::Signal { tid, signal }) => f.deliver(tid, signal).unwrap(),
                 r => break r.unwrap(),
             }
@@ -695,6 +705,39 @@ mod tests {
         assert_eq!((ret[0], ret[2], ret[3]), (me, me, me));
         inj.leave(&mut f).unwrap();
         drop(f);
+        goes_on(&page);
+    }
+
+    /// A signal comes in the middle of a batch, and leads into a handler in which the mark of before is blocked.
+    #[test]
+    fn a_batch_begins_anew_after_a_signal() {
+        let page = page();
+        let child = counting(&page);
+        goes_on(&page);
+        let me = i64::from(std::process::id());
+        for _ in 0..20 {
+            let Some(mut f) = stopped(&child) else { return };
+            let mut inj = attached(&mut f);
+            let ask = Record::new(libc::SYS_getppid, &[]);
+            let batch = [vec![ask, inj.pause(0), ask]];
+            let mut at_pause = || misc::kill(child.0, libc::SIGALRM).unwrap();
+            let first = inj.run_with(&f.procs[0].tasks, &batch, Some((1, &mut at_pause)));
+            match first.map(|r| r[0].ret.clone()) {
+                Err(InjectError::Signal { tid, signal }) => {
+                    assert_eq!(inj.marks, [Mark::Signal(libc::SIGURG)]);
+                    f.deliver(tid, signal).unwrap();
+                    inj.renew(&[status::read_task(child.0, child.0).unwrap()]);
+                    assert_eq!(inj.marks, [Mark::Call]);
+                }
+                // It was in its handler already.
+                Ok(ret) => assert_eq!((inj.marks.as_slice(), ret[2]), ([Mark::Call].as_slice(), me)),
+                Err(e) => panic!("{e}"),
+            }
+            let again = inj.run(&f.procs[0].tasks, &[vec![ask; 60]]).unwrap();
+            assert_eq!(again[0].ret, [me; 60]);
+            drop(again);
+            inj.leave(&mut f).unwrap();
+        }
         goes_on(&page);
     }
 

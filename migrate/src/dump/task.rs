@@ -4,7 +4,7 @@ use crate::{
     arch::pilot::Record,
     image::{AltStack, Creds, ITimer, Layout, PosixTimer, Rseq, SigAction, SigInfo, Thread},
     inject::{InjectError, Injector, Results},
-    procfs::{self, maps::Mapping, status, timers},
+    procfs::{self, maps::Mapping, status::Status, timers},
     sys::{misc, ptrace},
     tracer::Proc,
 };
@@ -86,13 +86,7 @@ pub struct AskedThread {
 }
 
 /// Asks the process. The injector stays in `place`, whatever comes of it: it serves the next try, and can leave the process properly.
-pub fn ask(
-    p: &Proc,
-    place: &mut Option<Injector>,
-    maps: &[Mapping],
-    inner: &[i32],
-    tid_map: &HashMap<i32, i32>,
-) -> Result<Asked, InjectError> {
+pub fn ask(p: &Proc, place: &mut Option<Injector>, maps: &[Mapping], states: &[Status]) -> Result<Asked, InjectError> {
     let pid = p.pid;
     let io = |what| move |source| InjectError::Io { pid, what, source };
     let listed = procfs::read(pid, "timers")
@@ -105,9 +99,13 @@ pub fn ask(
         });
     }
     let inj = &*match place {
-        Some(inj) => inj,
-        None => place.insert(Injector::attach(p, maps, inner)?),
+        Some(inj) => {
+            inj.renew(states);
+            inj
+        }
+        None => place.insert(Injector::attach(p, maps, states)?),
     };
+    let tid_map = p.tasks.iter().map(|t| t.tid).zip(states.iter().map(Status::inner_pid)).collect();
     let sys = |nr: i64, args: &[u64]| Record::new(nr, args);
     let mut batches = Vec::new();
     for (i, _) in p.tasks.iter().enumerate() {
@@ -171,7 +169,7 @@ pub fn ask(
             overruns.extend(r[0].ret.chunks(2).map(|c| c[1] as i32));
         }
         let mut results = results;
-        results.timers = posix_timers(inj, &listed, &overruns, tid_map);
+        results.timers = posix_timers(inj, &listed, &overruns, &tid_map);
         results
     };
     let mut asked = asked;
@@ -267,9 +265,8 @@ pub fn pending(tid: i32, shared: bool) -> io::Result<Vec<SigInfo>> {
 }
 
 /// A thread from its stop, its /proc files and what it was asked.
-pub fn thread(pid: i32, task: &crate::tracer::Task, asked: &AskedThread, all_cpus: &[u64]) -> io::Result<Thread> {
+pub fn thread(pid: i32, task: &crate::tracer::Task, st: &Status, asked: &AskedThread, all_cpus: &[u64]) -> io::Result<Thread> {
     let tid = task.tid;
-    let st = status::read_task(pid, tid)?;
     if st.seccomp != 0 {
         return Err(io::Error::other(format!(
             "task {tid} runs under a seccomp filter, which cannot move"
@@ -316,7 +313,7 @@ pub fn thread(pid: i32, task: &crate::tracer::Task, asked: &AskedThread, all_cpu
         creds: Creds {
             uids: st.uids,
             gids: st.gids,
-            groups: st.groups,
+            groups: st.groups.clone(),
             caps: st.caps,
             securebits: asked.securebits,
             no_new_privs: st.no_new_privs,

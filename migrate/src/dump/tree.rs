@@ -6,13 +6,16 @@ use crate::{
     image::{Clocks, Host, Mm, Process, SigInfo, Thread, Tree},
     inject::{InjectError, Injector},
     laps::Laps,
-    procfs::{self, maps, stat, status, timens},
+    procfs::{
+        self, maps, stat,
+        status::{self, Status},
+        timens,
+    },
     sys::misc::{self, Shared},
     tracer::{Frozen, Proc, Task, discover},
     vacate,
 };
 use std::{
-    collections::HashMap,
     io,
     os::{fd::OwnedFd, unix::ffi::OsStrExt},
     path::Path,
@@ -158,6 +161,15 @@ struct Inner {
     asked: task::Asked,
     threads: Vec<Thread>,
     pending: Vec<SigInfo>,
+    read: Read,
+}
+
+/// What /proc told of a stopped process.
+#[derive(Debug, Default)]
+struct Read {
+    maps: Vec<maps::Mapping>,
+    /// Of its tasks, leader first.
+    states: Vec<Status>,
 }
 
 /// Reads everything of a frozen tree but the pages; `also` is the caller's look at their tables. Signals that arrive in between are delivered and the
@@ -176,14 +188,9 @@ pub fn frozen<R>(
     if !inside.is_empty() {
         return Err(DumpError::Inside(inside));
     }
-    let inner = ask_all(f, injectors)?;
-    let lists = f.procs.iter().zip(&inner).map(|(p, i)| {
-        let mut list = maps::maps(p.pid)?;
-        list.retain(|m| (m.start, m.end) != i.asked.table);
-        Ok(list)
-    });
-    let lists = lists.collect::<io::Result<Vec<_>>>()?;
-    let mut d = collect(&f.procs, Some(lists), host, fds::Mode::Frozen, cache)?;
+    let mut inner = ask_all(f, injectors)?;
+    let read = inner.iter_mut().map(|i| std::mem::take(&mut i.read)).collect();
+    let mut d = collect(&f.procs, Some(read), host, fds::Mode::Frozen, cache)?;
     let also = d.blockers.is_empty().then(|| also(&d));
     fill(&mut d, &f.procs, inner);
     for (p, place) in f.procs.iter().map(|p| (p, place(p.pid))) {
@@ -215,16 +222,20 @@ fn ask_all(f: &mut Frozen, injectors: &mut Vec<Option<Injector>>) -> Result<Vec<
     injectors.resize_with(f.procs.len(), || None);
     for (i, place) in injectors.iter_mut().enumerate() {
         let mut tries = 0;
-        let answer = loop {
+        let (asked, read) = loop {
             let p = &f.procs[i];
+            let states = p.tasks.iter().map(|t| status::read_task(p.pid, t.tid));
+            let states = states.collect::<io::Result<Vec<_>>>()?;
+            let mut maps = maps::maps(p.pid)?;
             if p.is_zombie() || p.tasks[0].tid != p.pid {
-                break None;
+                break (task::Asked::default(), Read { maps, states });
             }
-            let ids = p.tasks.iter().map(|t| status::read_task(p.pid, t.tid).map(|s| s.inner_pid()));
-            let inner: Vec<i32> = ids.collect::<Result<_, _>>()?;
-            let tid_map: HashMap<i32, i32> = p.tasks.iter().map(|t| t.tid).zip(inner.iter().copied()).collect();
-            match task::ask(p, place, &maps::maps(p.pid)?, &inner, &tid_map) {
-                Ok(answer) => break Some(answer),
+            match task::ask(p, place, &maps, &states) {
+                Ok(asked) => {
+                    // There already if this is not the first try.
+                    maps.retain(|m| (m.start, m.end) != asked.table);
+                    break (asked, Read { maps, states });
+                }
                 Err(InjectError::Signal { tid, signal }) if tries < 100 => {
                     tries += 1;
                     f.deliver(tid, signal)?;
@@ -234,21 +245,19 @@ fn ask_all(f: &mut Frozen, injectors: &mut Vec<Option<Injector>>) -> Result<Vec<
         };
         laps.lap("ask");
         let p = &f.procs[i];
-        let mut inner = Inner {
-            asked: answer.unwrap_or_default(),
-            ..Inner::default()
-        };
-        if place.is_some() && status::read(p.pid)?.vm_lck_kb > 0 {
+        let mut inner = Inner { asked, ..Inner::default() };
+        if place.is_some() && locks(&read.states) {
             // A new mapping shows what mlockall(MCL_FUTURE) does to new mappings.
             let table = inner.asked.table;
             if let Some(t) = maps::smaps(p.pid)?.iter().find(|m| (m.start, m.end) == table) {
                 inner.asked.mlock_future = if t.has(b"lf") { 2 } else { u8::from(t.has(b"lo")) };
             }
         }
-        for (k, t) in p.tasks.iter().enumerate() {
+        for (k, (t, state)) in p.tasks.iter().zip(&read.states).enumerate() {
             let asked = inner.asked.threads.get(k).cloned().unwrap_or_default();
-            inner.threads.push(task::thread(p.pid, t, &asked, &all_cpus)?);
+            inner.threads.push(task::thread(p.pid, t, state, &asked, &all_cpus)?);
         }
+        inner.read = read;
         if let Some(leader) = p.tasks.first() {
             inner.pending = task::pending(leader.tid, true)?;
         }
@@ -272,7 +281,9 @@ fn fill(d: &mut Dumped, procs: &[Proc], inner: Vec<Inner>) {
         if p.is_zombie() {
             continue;
         }
-        let Inner { asked, threads, pending } = i;
+        let Inner {
+            asked, threads, pending, ..
+        } = i;
         if asked.threads.iter().any(|t| t.mempolicy) {
             d.blockers.push(Blocker::new(
                 place(p.pid),
@@ -303,16 +314,15 @@ fn in_the_vdso(p: &Proc) -> Option<Blocker> {
     Some(Blocker::new(what, "it is in the middle of a function of the kernel's vdso", "try again").transient())
 }
 
-/// Reads what /proc tells of a tree. `lists`: the mappings of each process, where they were read before.
-fn collect(
-    procs: &[Proc],
-    lists: Option<Vec<Vec<maps::Mapping>>>,
-    host: Host,
-    mode: fds::Mode,
-    cache: &mut mm::Cache,
-) -> Result<Dumped, DumpError> {
+/// Whether a process has memory locked.
+fn locks(states: &[Status]) -> bool {
+    states.first().is_some_and(|s| s.vm_lck_kb > 0)
+}
+
+/// Reads what /proc tells of a tree. `read`: of each process, what was read before.
+fn collect(procs: &[Proc], read: Option<Vec<Read>>, host: Host, mode: fds::Mode, cache: &mut mm::Cache) -> Result<Dumped, DumpError> {
     cache.begin();
-    let mut lists = lists.map(Vec::into_iter);
+    let mut read = read.map(Vec::into_iter);
     let mut blockers = Vec::new();
     let mut objects = ObjectTable::default();
     let all_cpus = online_cpus();
@@ -323,15 +333,23 @@ fn collect(
     let mut vdsos = Vec::new();
     let mut sources = Vec::new();
     for (i, p) in procs.iter().enumerate() {
-        let list = lists.as_mut().and_then(Iterator::next);
-        // Gone since the search of a running tree: the caller looks again.
-        let st = status::read(p.pid)?;
+        let (list, mut states) = match read.as_mut().and_then(Iterator::next) {
+            Some(Read { maps, states }) => (Some(maps), states),
+            None => (None, Vec::new()),
+        };
+        if states.is_empty() {
+            // Gone since the search of a running tree: the caller looks again.
+            states.push(status::read(p.pid)?);
+            let others = p.tasks.iter().skip(1).map(|t| status::read_task(p.pid, t.tid).unwrap_or_default());
+            states.extend(others);
+        }
+        let st = &states[0];
         if p.is_zombie() {
-            processes.push(zombie(p, &st, procs));
+            processes.push(zombie(p, st, procs));
             continue;
         }
         let here = place(p.pid);
-        process_blockers(p, &st, &here, procs, i, &mut blockers);
+        process_blockers(p, &states, &here, procs, i, &mut blockers);
         laps.lap("blockers");
         let list = match list {
             Some(l) => l,
@@ -537,7 +555,9 @@ fn bare_thread(pid: i32, tid: i32, all_cpus: &[u64]) -> io::Result<Thread> {
 }
 
 /// What of a process as a whole cannot move.
-fn process_blockers(p: &Proc, st: &status::Status, here: &str, procs: &[Proc], i: usize, blockers: &mut Vec<Blocker>) {
+/// `states`: of its tasks, leader first.
+fn process_blockers(p: &Proc, states: &[Status], here: &str, procs: &[Proc], i: usize, blockers: &mut Vec<Blocker>) {
+    let Some(st) = states.first() else { return };
     let mut block = |reason: String, fix: &str| blockers.push(Blocker::new(here, reason, fix));
     const PF_KTHREAD: u32 = 0x0020_0000;
     if p.stat.flags & PF_KTHREAD != 0 || st.kernel_thread {
@@ -642,28 +662,26 @@ fn process_blockers(p: &Proc, st: &status::Status, here: &str, procs: &[Proc], i
             }
         }
     }
-    for t in p.tasks.iter().skip(1) {
-        if let Ok(s) = status::read_task(p.pid, t.tid) {
-            let place = || format!("{here} thread {}", t.tid);
-            if s.seccomp != 0 {
-                blockers.push(Blocker::new(
-                    place(),
-                    "it runs under a seccomp filter",
-                    "start it without one; filters cannot move yet",
-                ));
-            }
-            if s.tracer != 0 && !is_own_thread(s.tracer) {
-                blockers.push(Blocker::new(
-                    place(),
-                    format!("it is traced by pid {} ({})", s.tracer, comm(s.tracer)),
-                    "end the debugger or strace first",
-                ));
-            }
+    for (t, s) in p.tasks.iter().zip(states).skip(1) {
+        let place = || format!("{here} thread {}", t.tid);
+        if s.seccomp != 0 {
+            blockers.push(Blocker::new(
+                place(),
+                "it runs under a seccomp filter",
+                "start it without one; filters cannot move yet",
+            ));
+        }
+        if s.tracer != 0 && !is_own_thread(s.tracer) {
+            blockers.push(Blocker::new(
+                place(),
+                format!("it is traced by pid {} ({})", s.tracer, comm(s.tracer)),
+                "end the debugger or strace first",
+            ));
         }
         for (what, name) in [(Shared::Files, "descriptors"), (Shared::Fs, "working directory")] {
             if !misc::shares(p.pid, t.tid, what).unwrap_or(true) {
                 blockers.push(Blocker::new(
-                    format!("{here} thread {}", t.tid),
+                    place(),
                     format!("it has {name} of its own (unshare)"),
                     "such threads cannot move",
                 ));

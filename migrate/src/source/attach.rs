@@ -107,17 +107,20 @@ fn step<T>(p: &Proc, take: Take<'_, T>, state: &mut Making<T>) -> Result<(), Inj
     let pid = p.pid;
     let io = |what| move |source| InjectError::Io { pid, what, source };
     let now = maps::maps(pid).map_err(io("read /proc/PID/maps"))?;
+    let states = p.tasks.iter().map(|t| status::read_task(pid, t.tid));
+    let states = states.collect::<io::Result<Vec<_>>>().map_err(io("read /proc/PID/status"))?;
     let inj = match &mut state.injector {
-        Some(inj) => inj,
+        Some(inj) => {
+            inj.renew(&states);
+            inj
+        }
         none => {
             if crate::vacate::left_inside(p).is_some() {
                 // Perhaps still on its way out of an earlier batch, whose code this one would overwrite.
                 let reason = "a thread is in the middle of the vdso".into();
                 return Err(InjectError::Unfit { pid, reason });
             }
-            let inner = p.tasks.iter().map(|t| status::read_task(pid, t.tid).map(|s| s.inner_pid()));
-            let inner = inner.collect::<io::Result<Vec<_>>>().map_err(io("read /proc/PID/status"))?;
-            none.insert(Injector::attach(p, &now, &inner)?)
+            none.insert(Injector::attach(p, &now, &states)?)
         }
     };
     let batches = |leaders| {

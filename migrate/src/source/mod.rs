@@ -289,6 +289,7 @@ pub async fn send<C: Connector>(
         rounds: Vec::new(),
         rate: 0.0,
         background: Background::new(),
+        awake: None,
         fixed: Fixed::new(&counts, link.rtt()),
     };
     let tracked = match options.mode {
@@ -454,6 +455,7 @@ pub async fn send<C: Connector>(
         _ => unreachable!("only these two leave the match above"),
     };
     let downtime = snap.since.elapsed();
+    job.awake = None;
     let handover_ms = ms(t_handover.elapsed());
     let transfer_ms = ms(t_handover - t_transfer);
     let mut late = None;

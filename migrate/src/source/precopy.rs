@@ -11,7 +11,7 @@ use crate::{
     image::{Host, PAGE},
     plan::{Decision, Planner, RoundFacts},
     report::{Event, Events, Failure, Mode, Round, SendOptions},
-    sys::priority::Background,
+    sys::{awake::Awake, priority::Background},
     tracer::Tracer,
     wire::WireError,
 };
@@ -47,6 +47,8 @@ pub struct Job<'a> {
     pub rate: f64,
     /// Keeps long rounds out of the program's way.
     pub background: Background,
+    /// In the freeze.
+    pub awake: Option<Awake>,
     /// What a freeze costs beside what it has to send.
     pub fixed: Fixed,
 }
@@ -91,6 +93,7 @@ impl Job<'_> {
             }
         }
         self.background.raise();
+        self.awake = Some(Awake::hold());
         (self.events)(Event::Phase { phase: "freeze" });
         let mut retry = Retry::new(self.pid);
         loop {

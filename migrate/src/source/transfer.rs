@@ -19,6 +19,7 @@ use std::{
     io,
     time::{Duration, Instant},
 };
+use tokio::{sync::mpsc, task::JoinHandle};
 
 /// What a transfer goes by.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +41,10 @@ pub struct Fate {
 
 /// Bytes from which a round is worth a sample for compression.
 const WORTH_SAMPLING: u64 = 4 << 20;
+/// Bytes that are read at once, in less time than it takes to wake another thread twice.
+const AT_ONCE: u64 = 256 << 10;
+/// Batches that are read ahead of the network.
+const AHEAD: usize = 16;
 /// What a round's bytes are sampled with.
 const SAMPLES: u64 = 16;
 
@@ -152,7 +157,70 @@ pub fn note(batch: &Batch, out: &mut Vec<(u32, u64, Hash)>) {
     }
 }
 
-/// `strict`: the tree is frozen, and every page can be read.
+/// Pages in the order in which they are sent.
+enum Batches {
+    /// All that there are.
+    Read(std::vec::IntoIter<io::Result<Batch>>, Fate),
+    /// Read by another thread, some batches ahead.
+    Beside(mpsc::Receiver<io::Result<Batch>>, JoinHandle<Fate>),
+}
+
+impl Batches {
+    fn of(readers: Vec<(SpacePlan, Reader)>, strict: bool, total: u64) -> Batches {
+        if total <= AT_ONCE {
+            let mut all = Vec::new();
+            let fate = read(readers, strict, &mut |b| {
+                all.push(b);
+                true
+            });
+            return Batches::Read(all.into_iter(), fate);
+        }
+        let (tx, rx) = mpsc::channel(AHEAD);
+        let thread = tokio::task::spawn_blocking(move || read(readers, strict, &mut |b| tx.blocking_send(b).is_ok()));
+        Batches::Beside(rx, thread)
+    }
+
+    async fn next(&mut self) -> Option<io::Result<Batch>> {
+        match self {
+            Batches::Read(all, _) => all.next(),
+            Batches::Beside(rx, _) => rx.recv().await,
+        }
+    }
+
+    /// What became of them, when there are no more.
+    async fn end(self) -> Fate {
+        match self {
+            Batches::Read(_, fate) => fate,
+            Batches::Beside(_, thread) => thread.await.unwrap_or_default(),
+        }
+    }
+}
+
+/// Reads pages batch by batch, until `give` wants no more. `strict`: the tree is frozen, and every page can be read.
+fn read(readers: Vec<(SpacePlan, Reader)>, strict: bool, give: &mut dyn FnMut(io::Result<Batch>) -> bool) -> Fate {
+    let mut fate = Fate::default();
+    for (plan, reader) in readers {
+        let compared = !strict && plan.space >= OBJECT_SPACE;
+        let mut sink = |b: Batch| {
+            if compared {
+                note(&b, &mut fate.objects);
+            }
+            give(Ok(b))
+        };
+        let r = if strict {
+            pages::read_plan(&plan, &reader, &mut sink)
+        } else {
+            pages::read_running(&plan, &reader, &mut fate.missed, &mut sink)
+        };
+        if let Err(e) = r {
+            give(Err(e));
+            break;
+        }
+    }
+    fate
+}
+
+/// `strict`: see [`read`].
 async fn send_pages<L: Link>(
     link: &mut L,
     readers: Vec<(SpacePlan, Reader)>,
@@ -169,33 +237,11 @@ async fn send_pages<L: Link>(
         return Ok((round, Fate::default()));
     }
     let mut stream = link.open_pages().await?;
-    let (tx, mut rx) = tokio::sync::mpsc::channel::<io::Result<Batch>>(16);
-    let worker = tokio::task::spawn_blocking(move || {
-        let mut fate = Fate::default();
-        for (plan, reader) in readers {
-            let compared = !strict && plan.space >= OBJECT_SPACE;
-            let mut sink = |b: Batch| {
-                if compared {
-                    note(&b, &mut fate.objects);
-                }
-                tx.blocking_send(Ok(b)).is_ok()
-            };
-            let r = if strict {
-                pages::read_plan(&plan, &reader, &mut sink)
-            } else {
-                pages::read_running(&plan, &reader, &mut fate.missed, &mut sink)
-            };
-            if let Err(e) = r {
-                let _ = tx.blocking_send(Err(e));
-                break;
-            }
-        }
-        fate
-    });
+    let mut batches = Batches::of(readers, strict, total);
     let mut sampled = total < WORTH_SAMPLING || terms.rate <= 0.0;
     let mut done = 0u64;
     let mut last = Instant::now();
-    while let Some(batch) = rx.recv().await {
+    while let Some(batch) = batches.next().await {
         let batch = batch.map_err(|e| WireError::Protocol(format!("nothing: reading the tree's memory failed: {e}")))?;
         if !sampled && batch.pages >= SAMPLES {
             sampled = true;
@@ -225,7 +271,7 @@ async fn send_pages<L: Link>(
             }
         }
     }
-    let fate = worker.await.unwrap_or_default();
+    let fate = batches.end().await;
     // Whether it has arrived the other side says, with the round's end or the answer to the handover.
     stream.end().await?;
     Ok((round, fate))

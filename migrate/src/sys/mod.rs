@@ -1,5 +1,6 @@
 //! The system calls that no safe crate offers: the only unsafe code besides `arch`.
 
+pub mod awake;
 pub mod fdcalls;
 pub mod mem;
 pub mod misc;
