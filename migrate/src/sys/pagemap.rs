@@ -69,6 +69,8 @@ const HUGE_PAGE: u64 = 2 << 20;
 /// Regions asked for in one call.
 const REGIONS: usize = 512;
 const FEW: usize = 16;
+/// Bytes of address space that one call looks at. It keeps mmap(2) and the like waiting in the program meanwhile: 20 ms a GiB where it arms all pages.
+const STRETCH: u64 = 64 << 20;
 
 impl AsFd for Pagemap {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -217,7 +219,9 @@ impl Pagemap {
         arg.size = 96;
         arg.vec = vec.as_mut_ptr() as u64;
         arg.vec_len = vec.len() as u64;
-        while arg.start < arg.end {
+        let end = arg.end;
+        while arg.start < end {
+            arg.end = end.min(arg.start.saturating_add(STRETCH));
             // SAFETY: `arg` and the vector it names outlive the call; the kernel writes at most vec_len regions.
             let n = super::check(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } as i64)?;
             vec[..n as usize].iter().for_each(|r| take(*r));
