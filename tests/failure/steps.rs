@@ -1,4 +1,5 @@
-//! Either agent ends at each step of the protocol and of the freeze in turn (`migrate_engine::steps`): the program lives on exactly once.
+//! Something happens at each step of the protocol and of the freeze in turn (`migrate_engine::steps`): an agent ends, both do, the link is cut. The program lives on
+//! exactly once.
 
 use crate::{Dice, Victim, copies, goes_on, lives_on_once};
 use migrate_harness::{Guest, Hosts, Process, Receiver, Stdio, eventually, two_hosts, within};
@@ -53,7 +54,32 @@ fn steps(hosts: &Hosts, victim: Victim, how: &[&str]) -> Vec<String> {
     text.lines().filter(often).map(str::to_owned).collect()
 }
 
-fn at_each_step(victim: Victim, how: &[&str], signal: Signal) {
+/// What happens at a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Deed {
+    /// The agent that has come to it gets a signal.
+    Signal(Signal),
+    /// Both agents are killed.
+    BothKilled,
+    /// The link is cut, and comes back a second later.
+    LinkCut,
+}
+
+/// How long it is cut: everything that was sent first is lost, and sent again several times.
+const CUT: Duration = Duration::from_secs(1);
+
+/// Waits for an agent that stops itself at a step; false if it has ended without coming there.
+fn stands(agent: &Process<'_>) -> bool {
+    let stopped =
+        |pid: i32| fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| s.rsplit_once(") ").is_some_and(|s| s.1.starts_with('T')));
+    let state = within("the step, or the agent's end", Duration::from_secs(60), || {
+        let ended = agent.ended().is_some();
+        (ended || stopped(agent.outer())).then_some(ended)
+    });
+    !state
+}
+
+fn at_each_step(victim: Victim, how: &[&str], deed: Deed) {
     let hosts = two_hosts!();
     let all = steps(&hosts, victim, how);
     assert!(all.len() > 20, "{all:?}");
@@ -63,13 +89,38 @@ fn at_each_step(victim: Victim, how: &[&str], signal: Signal) {
     let tried: Vec<&String> = all.iter().skip(first).step_by(every).collect();
     for step in &tried {
         let guest = guest(&hosts);
+        let signal = match deed {
+            Deed::Signal(signal) => signal,
+            Deed::BothKilled | Deed::LinkCut => Signal::SIGSTOP,
+        };
         let number = (signal as i32).to_string();
         let (sender, receiver) = start(&hosts, &guest, victim, how, &[("MIGRATE_AT", step), ("MIGRATE_AT_SIGNAL", &number)]);
         let agent = if victim == Victim::Sender { &sender } else { &receiver.process };
+        let stands = signal == Signal::SIGSTOP && stands(agent);
+        match deed {
+            Deed::BothKilled if stands => {
+                for agent in [&sender, &receiver.process] {
+                    agent.signal(Signal::SIGKILL);
+                }
+            }
+            Deed::LinkCut if stands => {
+                hosts.cut();
+                agent.signal(Signal::SIGCONT);
+                std::thread::sleep(CUT);
+                hosts.join();
+            }
+            _ => {}
+        }
         let ended = agent.wait_for(Duration::from_secs(60));
         // Not every migration has as many rounds as the first.
-        missed += u32::from(ended == migrate_harness::Ended::Code(0));
-        let when = format!("{signal:?} at {step:?}, ended with {ended:?}");
+        missed += match deed {
+            Deed::Signal(_) => u32::from(ended == migrate_harness::Ended::Code(0)),
+            _ => u32::from(!stands),
+        };
+        let when = format!("{deed:?} at {step:?}, ended with {ended:?}");
+        if deed == Deed::LinkCut {
+            assert_eq!(ended, migrate_harness::Ended::Code(0), "{when}: {}", agent.stderr());
+        }
         // What an operator does when the copy still misses pages: the sender finds the next receiver by itself.
         let waits = victim == Victim::Receiver && !eventually(Duration::from_secs(3), || sender.ended().is_some());
         let next = waits.then(|| hosts.b.receive(&Stdio::Null));
@@ -102,26 +153,30 @@ fn at_each_step(victim: Victim, how: &[&str], signal: Signal) {
         all.len()
     );
     // After the decision the others no longer end an agent.
-    let all_end = signal != Signal::SIGKILL || missed as usize * 3 <= tried.len();
-    assert!(all_end, "too many steps were not reached");
+    let graceful = matches!(deed, Deed::Signal(signal) if signal != Signal::SIGKILL);
+    assert!(graceful || missed as usize * 3 <= tried.len(), "too many steps were not reached");
 }
 
 const PRE_COPY: &[&str] = &["--mode", "pre-copy"];
 const POST_COPY: &[&str] = &["--mode", "post-copy"];
 
 macro_rules! at_each_step {
-    ($($test:ident: $victim:ident, $how:expr, $signal:ident;)*) => { $(
+    ($($test:ident: $victim:ident, $how:expr, $deed:expr;)*) => { $(
         #[test]
         fn $test() {
-            at_each_step(Victim::$victim, $how, Signal::$signal);
+            at_each_step(Victim::$victim, $how, $deed);
         }
     )* };
 }
 at_each_step! {
-    sender_killed_at_each_step: Sender, PRE_COPY, SIGKILL;
-    receiver_killed_at_each_step: Receiver, PRE_COPY, SIGKILL;
-    sender_killed_at_each_step_of_post_copy: Sender, POST_COPY, SIGKILL;
-    receiver_killed_at_each_step_of_post_copy: Receiver, POST_COPY, SIGKILL;
-    sender_interrupted_at_each_step: Sender, PRE_COPY, SIGINT;
-    receiver_told_to_end_at_each_step: Receiver, PRE_COPY, SIGTERM;
+    sender_killed_at_each_step: Sender, PRE_COPY, Deed::Signal(Signal::SIGKILL);
+    receiver_killed_at_each_step: Receiver, PRE_COPY, Deed::Signal(Signal::SIGKILL);
+    sender_killed_at_each_step_of_post_copy: Sender, POST_COPY, Deed::Signal(Signal::SIGKILL);
+    receiver_killed_at_each_step_of_post_copy: Receiver, POST_COPY, Deed::Signal(Signal::SIGKILL);
+    sender_interrupted_at_each_step: Sender, PRE_COPY, Deed::Signal(Signal::SIGINT);
+    receiver_told_to_end_at_each_step: Receiver, PRE_COPY, Deed::Signal(Signal::SIGTERM);
+    both_agents_killed_at_each_step_of_the_sender: Sender, PRE_COPY, Deed::BothKilled;
+    both_agents_killed_at_each_step_of_the_receiver: Receiver, POST_COPY, Deed::BothKilled;
+    link_cut_at_each_step_of_the_sender: Sender, PRE_COPY, Deed::LinkCut;
+    link_cut_at_each_step_of_the_receiver: Receiver, POST_COPY, Deed::LinkCut;
 }
