@@ -313,6 +313,35 @@ fn ctrl_c_at_the_receiver_while_it_waits() {
     assert!(again.process.ended().is_none());
 }
 
+/// A program that ends by itself while its memory is being copied: nothing is left anywhere, and `send` says what has become of it.
+#[test]
+fn the_program_ends_while_it_is_copied() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "512")]);
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let pid = guest.pid.to_string();
+    let args = [
+        hosts.a.send_args_any(&pid, &receiver),
+        vec!["--mode", "pre-copy", "--bandwidth", "200MB/s"],
+    ]
+    .concat();
+    let sender = hosts.a.migrate(&args).start();
+    within("the first round", Duration::from_secs(20), || {
+        sender.stderr().contains("\"pre-copy\"").then_some(())
+    });
+    hosts.a.signal(guest.pid, Signal::SIGKILL);
+    let ended = sender.wait_for(Duration::from_secs(60));
+    assert_eq!(ended, migrate_harness::Ended::Code(1), "{}", sender.stderr());
+    let report: serde_json::Value = serde_json::from_str(sender.stdout().trim()).unwrap_or_default();
+    assert_eq!(report["process"], "gone", "{report}");
+    let error = report["error"].as_str().unwrap_or_default();
+    assert!(error.contains("has ended meanwhile"), "{report}");
+    receiver.process.wait_for(Duration::from_secs(60));
+    within("end of the copy", Duration::from_secs(10), || {
+        copies(&hosts, &guest).is_empty().then_some(())
+    });
+}
+
 /// A program that is killed while it is moved ends on both sides, and both agents say so.
 #[test]
 fn the_program_itself_is_killed_in_the_middle() {

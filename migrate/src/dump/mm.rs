@@ -58,10 +58,10 @@ struct Properties {
 }
 
 impl Properties {
-    /// Gives mappings their properties. False: one of them is new.
-    fn apply(&self, pid: i32, now: &mut [Mapping]) -> bool {
+    /// Gives mappings their properties. Returns where the last one ends that is new, if there is one.
+    fn apply(&self, pid: i32, now: &mut [Mapping]) -> Option<u64> {
         let old = &self.list;
-        let mut k = 0;
+        let (mut k, mut new) = (0, None);
         for m in now {
             while old.get(k).is_some_and(|o| o.end <= m.start) {
                 k += 1;
@@ -78,10 +78,16 @@ impl Properties {
                 }
                 // Nothing of the program's: the injector's table.
                 None if is_leaked_table(pid, m) => {}
-                None => return false,
+                None => new = Some(m.end),
             }
         }
-        true
+        new
+    }
+
+    /// Takes in what smaps tells of the mappings that begin before `end`.
+    fn learn(&mut self, mut told: Vec<Mapping>, end: u64) {
+        told.extend(self.list.drain(..).filter(|m| m.start >= end));
+        self.list = told;
     }
 
     fn old(&self) -> bool {
@@ -100,18 +106,20 @@ impl Cache {
     /// its properties. What madvise(2) changes on a whole mapping is seen at the next smaps.
     pub fn mappings(&mut self, pid: i32, mut now: Vec<Mapping>, locked: bool, frozen: bool) -> io::Result<Vec<Mapping>> {
         let frozen = frozen || self.stopped;
-        let known = self.maps.get(&pid).filter(|k| !locked && (frozen || !k.old()));
-        if let Some(known) = known
-            && known.apply(pid, &mut now)
-        {
-            return Ok(now);
+        if let Some(known) = self.maps.get_mut(&pid).filter(|k| !locked && (frozen || !k.old())) {
+            let Some(end) = known.apply(pid, &mut now) else { return Ok(now) };
+            // mmap(2) puts new mappings below those that are there, so large ones need not be walked for them as a rule.
+            known.learn(maps::smaps_to(pid, end)?, end);
+            if known.apply(pid, &mut now).is_none() {
+                return Ok(now);
+            }
         }
         let list = self.refresh(pid)?;
         if !frozen {
             return Ok(list);
         }
         // Nothing but a table of the injector's has come since.
-        if self.maps.get(&pid).is_some_and(|k| k.apply(pid, &mut now)) {
+        if self.maps.get(&pid).is_some_and(|k| k.apply(pid, &mut now).is_none()) {
             return Ok(now);
         }
         Err(io::Error::other(format!(

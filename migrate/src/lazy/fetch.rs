@@ -10,7 +10,7 @@ use super::{
 use crate::{
     image::PAGE,
     report::{Event, Events},
-    sys::region::Region,
+    sys::{awake::AwakeWhile, region::Region},
     wire::{self, Attached, Channel, Fault, Message, Ranges},
 };
 use migrate_transport::{Link, PageFrame, PageReceiver};
@@ -184,6 +184,7 @@ impl<L: Link> Drain<L> {
         let mut shown = start;
         let (mut done, mut total) = (0, None);
         let mut tick = tokio::time::interval(Duration::from_millis(500));
+        let mut awake = AwakeWhile::default();
         let lost = |e: io::Error| format!("the keeper of the copy's memory cannot be reached any more: {e}");
         // The connection that asks for it is there before the answer that may be.
         while let Ok((channel, link)) = self.links.try_recv() {
@@ -194,6 +195,7 @@ impl<L: Link> Drain<L> {
             while let Some(m) = decoded::<FromKeeper>(&mut self.buf).map_err(lost)? {
                 match m {
                     FromKeeper::Fault { name, at } => {
+                        awake.touch();
                         self.shared.send(Channel::Faults, Message::Fault(Fault { space: name, at }));
                     }
                     FromKeeper::Free { slot, urgent, bytes, left } => {
@@ -232,7 +234,7 @@ impl<L: Link> Drain<L> {
                 }
             }
             tokio::select! {
-                n = self.reader.read_buf(&mut self.buf) => if n.map_err(lost)? == 0 {
+                n = awake.until(self.reader.read_buf(&mut self.buf)) => if n.map_err(lost)? == 0 {
                     return Err(lost(io::ErrorKind::UnexpectedEof.into()));
                 },
                 Some((channel, link)) = self.links.recv() => self.take(channel, link, &mut pump).await.map_err(lost)?,

@@ -14,7 +14,7 @@ use crate::{
     image::PAGE,
     report::{Event, Events},
     source::Connector,
-    sys::mem::Mem,
+    sys::{awake::AwakeWhile, mem::Mem},
     wire::{self, Attach, Channel, Message, WireError},
 };
 use migrate_transport::{Link, PageSender};
@@ -413,12 +413,14 @@ async fn answer<L: Link>(s: Arc<Session>, mut faults: L) -> End {
         Ok(p) => p,
         Err(e) => return e.into(),
     };
+    let mut awake = AwakeWhile::default();
     loop {
-        let f = match wire::recv(&mut faults).await {
+        let f = match awake.until(wire::recv(&mut faults)).await {
             Ok(Message::Fault(f)) => f,
             Ok(other) => return End::Lost(format!("{} on the connection for faults", other.name())),
             Err(e) => return e.into(),
         };
+        awake.touch();
         s.last_fault.store(s.started.elapsed().as_micros() as u64 + 1, Ordering::Relaxed);
         let ranges = s.left().fault(f.space, f.at);
         if ranges.is_empty() {

@@ -1,6 +1,7 @@
 //! /proc/PID/smaps: mappings with their VmFlags and protection keys (proc_pid_smaps(5)).
 
 use super::{ParseError, hex, num};
+use std::{fs::File, io::Read};
 
 /// A mapping as the kernel prints it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -114,6 +115,44 @@ pub fn smaps(pid: i32) -> std::io::Result<Vec<Mapping>> {
     consistent(|| super::read(pid, "smaps"))
 }
 
+/// The same of the mappings that begin before `end`. The kernel walks every page of a mapping to tell of it: those behind are left alone, but for a few of which it
+/// tells along with the last.
+pub fn smaps_to(pid: i32, end: u64) -> std::io::Result<Vec<Mapping>> {
+    consistent(|| text_to(&mut File::open(super::path(pid, "smaps"))?, end))
+}
+
+/// Reads a list until it comes to a mapping that begins at `end` or behind.
+fn text_to(file: &mut impl Read, end: u64) -> std::io::Result<Vec<u8>> {
+    let behind = |line: &[u8]| {
+        let start = line.split(|&b| b == b'-').next().and_then(|s| std::str::from_utf8(s).ok());
+        start
+            .and_then(|s| u64::from_str_radix(s, 16).ok())
+            .is_some_and(|start| start >= end)
+    };
+    let mut text = Vec::new();
+    let mut line = 0;
+    // As much as the kernel makes ready at a time.
+    let mut some = [0; 4096];
+    loop {
+        let n = match file.read(&mut some) {
+            Ok(n) => n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        text.extend_from_slice(&some[..n]);
+        while let Some(len) = text[line..].iter().position(|&b| b == b'\n') {
+            if behind(&text[line..line + len]) {
+                text.truncate(line);
+                return Ok(text);
+            }
+            line += len + 1;
+        }
+        if n == 0 {
+            return Ok(text);
+        }
+    }
+}
+
 /// Reads and parses /proc/PID/maps.
 pub fn maps(pid: i32) -> std::io::Result<Vec<Mapping>> {
     consistent(|| super::read(pid, "maps"))
@@ -138,6 +177,49 @@ fn consistent(mut read: impl FnMut() -> std::io::Result<Vec<u8>>) -> std::io::Re
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Gives out a text as the kernel does, some records at a time, and counts how often it was asked.
+    struct Records<'a>(std::slice::Iter<'a, String>, usize);
+
+    impl Read for Records<'_> {
+        fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+            self.1 += 1;
+            let Some(record) = self.0.next() else { return Ok(0) };
+            to[..record.len()].copy_from_slice(record.as_bytes());
+            Ok(record.len())
+        }
+    }
+
+    #[test]
+    fn only_what_lies_before_is_read() {
+        let record = |k: u64| {
+            format!(
+                "{:x}-{:x} rw-p 00000000 00:00 0 \nRss:  4 kB\nVmFlags: rd wr mr{}\n",
+                k << 12,
+                (k + 1) << 12,
+                if k == 3 { " dc" } else { "" }
+            )
+        };
+        let records: Vec<String> = (1..40).map(record).collect();
+        let mut kernel = Records(records.iter(), 0);
+        let list = parse(&text_to(&mut kernel, 4 << 12).unwrap()).unwrap();
+        assert_eq!(list.len(), 3);
+        assert_eq!((list[2].start, list[2].has(b"dc"), list[1].has(b"dc")), (3 << 12, true, false));
+        assert_eq!(kernel.1, 4, "what lies behind was asked for");
+        let mut kernel = Records(records.iter(), 0);
+        assert_eq!(parse(&text_to(&mut kernel, u64::MAX).unwrap()).unwrap().len(), records.len());
+    }
+
+    #[test]
+    fn as_the_whole_list_tells_it() {
+        let child = crate::vacate::tests::Child::new(std::thread::yield_now);
+        let whole = smaps(child.0).unwrap();
+        let middle = whole[whole.len() / 2].start;
+        let part = smaps_to(child.0, middle).unwrap();
+        let key = |m: &Mapping| (m.start, m.end, m.prot, m.vm_flags.clone(), m.pkey);
+        let expected: Vec<_> = whole.iter().filter(|m| m.start < middle).map(key).collect();
+        assert_eq!(part.iter().map(key).collect::<Vec<_>>(), expected);
+    }
     use proptest::prelude::*;
 
     #[test]

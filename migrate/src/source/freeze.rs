@@ -11,7 +11,7 @@ use crate::{
     report::Failure,
     restore::rebuild::Names,
     sys::{mem::Mem, pagemap::Pagemap},
-    tracer::{Frozen, Holder, Tracer},
+    tracer::{Frozen, Holder, Proc, Tracer},
     wire::Ranges,
 };
 use std::{
@@ -187,6 +187,9 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
     let frozen = Frozen::freeze(pid, Duration::from_secs(5)).map_err(|e| fail(e.to_string()))?;
     let since = frozen.since;
     let interrupt = since.elapsed();
+    if frozen.procs.first().is_none_or(Proc::is_zombie) {
+        return Err(super::ended("freeze", pid));
+    }
     let mut held = Held {
         frozen,
         injectors: Vec::new(),

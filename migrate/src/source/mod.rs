@@ -19,7 +19,7 @@ use crate::{
     journal::{self, Entry, Journal, Side, Stage},
     lazy::serve::{self, Refusal, ServeError},
     oracle,
-    procfs::{stat, status},
+    procfs::{stat, status, vanished},
     report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Report, SendOptions},
     steps,
     sys::{misc, priority::Background},
@@ -591,6 +591,16 @@ pub async fn ask_again<C: Connector>(connector: &C, id: &str, limit: Duration) -
         pause = (pause * 2).min(Duration::from_secs(2));
     }
     None
+}
+
+/// Whether a process has ended, waited for or not.
+fn has_ended(pid: i32) -> bool {
+    stat::read(pid).map_or_else(|e| vanished(&e), |s| matches!(s.state, b'Z' | b'X'))
+}
+
+/// The program came to its end while it was being moved.
+fn ended(phase: &'static str, pid: i32) -> Failure {
+    Failure::failed(phase, pid, "the program has ended meanwhile: there is nothing to move any more")
 }
 
 fn interrupted(pid: i32) -> Failure {

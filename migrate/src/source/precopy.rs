@@ -1,9 +1,10 @@
 //! The rounds of pre-copy, up to the frozen tree.
 
 use super::{
+    ended,
     fixed::Fixed,
     freeze::{Retry, Shared, Snapshot, freeze_now},
-    interrupted,
+    has_ended, interrupted,
     rounds::{Prepared, Rounds},
     transfer::{self, Terms},
 };
@@ -16,7 +17,10 @@ use crate::{
     wire::WireError,
 };
 use migrate_transport::Link;
-use std::time::{Duration, Instant};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 use tokio_util::sync::CancellationToken;
 
 /// Transfers of this length are not put off: with 1 ms, a GiB that writes 50 MB/s was frozen for 5.5 to 8.6 ms, of which registering and starting the
@@ -203,17 +207,20 @@ impl Job<'_> {
     /// Looks at the tree on the tracer thread.
     async fn look(&mut self, tracked: &Shared) -> Result<Prepared, Failure> {
         let shared = tracked.clone();
-        let fail =
-            |e: &dyn std::fmt::Display| Failure::failed("pre-copy", self.pid, format!("cannot look at the tree: {e}; it runs on here"));
+        let pid = self.pid;
+        let fail = |e: io::Error| match has_ended(pid) {
+            true => ended("pre-copy", pid),
+            false => Failure::failed("pre-copy", pid, format!("cannot look at the tree: {e}; it runs on here")),
+        };
         let p = self
             .tracer
             .call(move || match shared.lock() {
                 Ok(mut r) => r.look(),
-                Err(_) => Err(std::io::Error::other("an earlier look failed")),
+                Err(_) => Err(io::Error::other("an earlier look failed")),
             })
             .await
-            .map_err(|e| fail(&e))?
-            .map_err(|e| fail(&e))?;
+            .and_then(|looked| looked)
+            .map_err(fail)?;
         for u in &p.untracked {
             tracing::debug!("{u}");
         }
