@@ -1,6 +1,6 @@
 //! What cannot move is refused by preflight, with every blocker named, and not touched; or it moves whole. Never "restored without it".
 
-use migrate_harness::{Guest, Stdio, eventually, skip, two_hosts};
+use migrate_harness::{Guest, Standstill, Stdio, eventually, skip, two_hosts};
 use nix::sys::signal::Signal;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ fn refused_or_whole(what: &str, must_refuse: bool, says: &[&str]) {
     guest.verify("before");
     guest.reset_gap();
     let receiver = hosts.b.receive(&Stdio::Null);
+    let machine = Standstill::watch();
     let sent = hosts.a.send(guest.pid, &receiver, &[]);
     if sent.code == 0 && !must_refuse {
         assert!(guest.beats());
@@ -34,11 +35,11 @@ fn refused_or_whole(what: &str, must_refuse: bool, says: &[&str]) {
     }
     sent.expect_says(says);
     assert!(guest.beats(), "the program does not run on");
-    println!("{what}: refused, longest gap {:?}: {}", guest.gap(), blockers[0]);
+    let (gap, still) = (guest.gap(), machine.longest());
+    println!("{what}: refused, longest gap {gap:?}, of this machine {still:?}: {}", blockers[0]);
     assert!(
-        guest.gap() < Duration::from_millis(500),
-        "stopped for {:?} by a preflight",
-        guest.gap()
+        gap < Duration::from_millis(500) + still * 2,
+        "stopped for {gap:?} by a preflight; the machine stood still for {still:?}"
     );
     guest.verify("after the refusal");
     let status = std::fs::read_to_string(format!("/proc/{}/status", hosts.a.outer(guest.pid).unwrap())).unwrap();

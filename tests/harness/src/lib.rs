@@ -29,7 +29,7 @@ pub use host::{Command, Ended, Host, Proc, Process, Stdio};
 pub use hosts::Hosts;
 pub use soak::soak;
 pub use tools::{guest_binary, migrate_binary, patience, python, skip, tool};
-pub use wait::{eventually, within};
+pub use wait::{Standstill, eventually, within};
 
 /// Two hosts, or the end of the test with a named skip.
 #[macro_export]

@@ -2,6 +2,10 @@
 
 use crate::tools::patience;
 use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -33,4 +37,38 @@ fn tried<T>(limit: Duration, mut attempt: impl FnMut() -> Option<T>) -> Result<T
         waited += since.elapsed().min(COUNTS);
     }
     attempt().ok_or(limit)
+}
+
+/// Watches how long this machine stands still, with all that runs on it: what a program waited beyond that was somebody's doing.
+#[derive(Debug)]
+pub struct Standstill {
+    longest_us: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Standstill {
+    /// From now on.
+    pub fn watch() -> Standstill {
+        let (longest_us, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (longest, end) = (longest_us.clone(), stop.clone());
+        thread::spawn(move || {
+            while !end.load(Ordering::Relaxed) {
+                let since = Instant::now();
+                thread::sleep(PAUSE);
+                longest.fetch_max(since.elapsed().as_micros() as u64, Ordering::Relaxed);
+            }
+        });
+        Standstill { longest_us, stop }
+    }
+
+    /// The longest so far.
+    pub fn longest(&self) -> Duration {
+        Duration::from_micros(self.longest_us.load(Ordering::Relaxed))
+    }
+}
+
+impl Drop for Standstill {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
 }
