@@ -132,13 +132,9 @@ fn kernel_mappings(host: &migrate_harness::Host, pid: i32) -> Vec<String> {
 fn agents_that_are_kept_from_their_cpus() {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "masked", &[("thread", "1")]);
-    let mut pid = guest.pid;
+    let (mut from, mut pid) = (&hosts.a, guest.pid);
     for round in 0..4_u64 {
-        let (from, to) = if round % 2 == 0 {
-            (&hosts.a, &hosts.b)
-        } else {
-            (&hosts.b, &hosts.a)
-        };
+        let to = hosts.other(from);
         let receiver = to.receive(&Stdio::Null);
         let name = pid.to_string();
         let sender = from.migrate(&from.send_args(&name, &receiver)).start();
@@ -158,6 +154,7 @@ fn agents_that_are_kept_from_their_cpus() {
         sent.expect_code(0);
         receiver.wait().expect_code(0);
         pid = sent.json()["restored_pid"].as_i64().expect("the copy's pid") as i32;
+        from = to;
         println!("move {round}: both stood still {stops} times");
         assert!(guest.beats(), "move {round}");
         guest.verify(&format!("after move {round}"));

@@ -122,8 +122,24 @@ impl Injector {
         Ok(Injector { site, tids, marks, region })
     }
 
-    /// Tells it what the tasks are like now: a signal that was delivered may have led one into a handler, which blocks others.
-    pub fn renew(&mut self, states: &[Status]) {
+    /// The one in `place`, which gets one if there is none. `states` as for [`Injector::attach`], of now: a signal that was delivered may have led a task into a
+    /// handler, which blocks others.
+    pub fn keep<'i>(
+        place: &'i mut Option<Injector>,
+        p: &Proc,
+        maps: &[maps::Mapping],
+        states: &[Status],
+    ) -> Result<&'i Injector, InjectError> {
+        match place {
+            Some(inj) => {
+                inj.renew(states);
+                Ok(inj)
+            }
+            none => Ok(none.insert(Injector::attach(p, maps, states)?)),
+        }
+    }
+
+    fn renew(&mut self, states: &[Status]) {
         self.marks = states.iter().map(pick).collect();
         self.site.mark = self.marks[0];
     }
@@ -210,7 +226,7 @@ impl Injector {
                     move |r: &Regs| r.r12 == record
                 };
                 let paused = match pause.take_if(|_| i == 0) {
-                    Some((record, f)) => until(tid, mark, at(record)).and_then(|_| {
+                    Some((record, f)) => until(tid, mark, at(record)).and_then(|()| {
                         f();
                         resume(tid, mark).map_err(WaitError::Io)
                     }),
@@ -555,12 +571,8 @@ fn stub_base(mem: &Mem, start: u64, end: u64) -> io::Result<Option<u64>> {
 /// A signal that is ignored by default, not handled by the process and not blocked by the task, or else a call.
 fn pick(s: &Status) -> Mark {
     let taken = s.sig_blocked | s.sig_caught;
-    let ignored = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD].into_iter();
-    ignored
-        .filter(|s| taken >> (s - 1) & 1 == 0)
-        .map(Mark::Signal)
-        .next()
-        .unwrap_or(Mark::Call)
+    let mut ignored = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD].into_iter();
+    ignored.find(|s| taken >> (s - 1) & 1 == 0).map_or(Mark::Call, Mark::Signal)
 }
 
 #[cfg(test)]
@@ -631,11 +643,7 @@ mod tests {
         let page = page();
         let child = counting(&page);
         for _ in 0..300 {
-            let mut f = match Frozen::freeze(child.0, Duration::from_secs(5)) {
-                Ok(f) => f,
-                // No right to trace.
-                Err(e) => return eprintln!("SKIP a_process_is_left_outside_the_stub: {e}"),
-            };
+            let Some(mut f) = stopped(&child) else { return };
             let inj = attached(&mut f);
             let table = inj.table();
             inj.leave(&mut f).unwrap();
@@ -648,9 +656,11 @@ mod tests {
         goes_on(&page);
     }
 
+    /// None: there is no right to trace it, and the test that asks is skipped.
     fn stopped(child: &Child) -> Option<Frozen> {
         let f = Frozen::freeze(child.0, Duration::from_secs(5));
-        f.inspect_err(|e| eprintln!("SKIP: no right to trace: {e}")).ok()
+        let skip = |e: &_| eprintln!("SKIP {}: {e}", std::thread::current().name().unwrap_or_default());
+        f.inspect_err(skip).ok()
     }
 
     /// Runs a batch with a pause in it, at which `f` is called; returns what its calls returned.
@@ -746,9 +756,7 @@ mod tests {
     fn a_leader_in_the_stub_is_asked_nothing() {
         let page = page();
         let child = counting(&page);
-        let Ok(mut f) = Frozen::freeze(child.0, Duration::from_secs(5)) else {
-            return eprintln!("SKIP a_leader_in_the_stub_is_asked_nothing: no right to trace");
-        };
+        let Some(mut f) = stopped(&child) else { return };
         let inj = attached(&mut f);
         inj.leave_behind(&mut f.procs[0].tasks[0]).unwrap();
         let asked = dump::tree::frozen(&mut f, &mut Vec::new(), dump::host::host().unwrap(), &mut Cache::default(), |_| ());

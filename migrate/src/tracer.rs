@@ -12,7 +12,10 @@
 use crate::{
     arch,
     image::Regs,
-    procfs::{self, stat, status},
+    procfs::{
+        self, stat,
+        status::{self, Status},
+    },
     rseq,
     sys::{misc, ptrace},
     vacate,
@@ -89,6 +92,11 @@ impl Proc {
     /// Exited, not waited for.
     pub fn is_zombie(&self) -> bool {
         self.tasks.is_empty()
+    }
+
+    /// What /proc/PID/task/TID/status tells of its threads, the leader first.
+    pub fn states(&self) -> io::Result<Vec<Status>> {
+        self.tasks.iter().map(|t| status::read_task(self.pid, t.tid)).collect()
     }
 }
 

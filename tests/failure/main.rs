@@ -318,14 +318,8 @@ fn ctrl_c_at_the_receiver_while_it_waits() {
 fn the_program_ends_while_it_is_copied() {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "512")]);
-    let receiver = hosts.b.receive(&Stdio::Null);
-    let pid = guest.pid.to_string();
-    let args = [
-        hosts.a.send_args_any(&pid, &receiver),
-        vec!["--mode", "pre-copy", "--bandwidth", "200MB/s"],
-    ]
-    .concat();
-    let sender = hosts.a.migrate(&args).start();
+    let slowly = ["--mode", "pre-copy", "--bandwidth", "200MB/s"];
+    let (sender, receiver) = steps::start(&hosts, &guest, Victim::Sender, &slowly, &[]);
     within("the first round", Duration::from_secs(20), || {
         sender.stderr().contains("\"pre-copy\"").then_some(())
     });

@@ -12,7 +12,7 @@ const OCCURRENCES: u32 = 2;
 const ONE_IN: usize = 6;
 
 /// Starts both agents, one of them with these variables.
-fn start<'h>(hosts: &'h Hosts, guest: &Guest, victim: Victim, how: &[&str], env: &[(&str, &str)]) -> (Process<'h>, Receiver<'h>) {
+pub fn start<'h>(hosts: &'h Hosts, guest: &Guest, victim: Victim, how: &[&str], env: &[(&str, &str)]) -> (Process<'h>, Receiver<'h>) {
     let mine = |v: Victim| if v == victim { env } else { &[] };
     let with = |c: migrate_harness::Command<'h>, v: Victim| mine(v).iter().fold(c, |c, (name, value)| c.env(name, value));
     let receiver = hosts.b.receive_as(&Stdio::Null, &[], |c| with(c, Victim::Receiver));
@@ -70,13 +70,10 @@ const CUT: Duration = Duration::from_secs(1);
 
 /// Waits for an agent that stops itself at a step; false if it has ended without coming there.
 fn stands(agent: &Process<'_>) -> bool {
-    let stopped =
-        |pid: i32| fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| s.rsplit_once(") ").is_some_and(|s| s.1.starts_with('T')));
-    let state = within("the step, or the agent's end", Duration::from_secs(60), || {
-        let ended = agent.ended().is_some();
-        (ended || stopped(agent.outer())).then_some(ended)
-    });
-    !state
+    within("the step, or the agent's end", Duration::from_secs(60), || match agent.state() {
+        Some('T') => Some(true),
+        _ => agent.ended().map(|_| false),
+    })
 }
 
 fn at_each_step(victim: Victim, how: &[&str], deed: Deed) {

@@ -98,13 +98,7 @@ pub fn ask(p: &Proc, place: &mut Option<Injector>, maps: &[Mapping], states: &[S
             reason: format!("it has {} POSIX timers, more than {MAX_TIMERS}", listed.len()),
         });
     }
-    let inj = &*match place {
-        Some(inj) => {
-            inj.renew(states);
-            inj
-        }
-        None => place.insert(Injector::attach(p, maps, states)?),
-    };
+    let inj = Injector::keep(place, p, maps, states)?;
     let tid_map = p.tasks.iter().map(|t| t.tid).zip(states.iter().map(Status::inner_pid)).collect();
     let sys = |nr: i64, args: &[u64]| Record::new(nr, args);
     let mut batches = Vec::new();

@@ -161,11 +161,10 @@ struct Inner {
     asked: task::Asked,
     threads: Vec<Thread>,
     pending: Vec<SigInfo>,
-    read: Read,
 }
 
 /// What /proc told of a stopped process.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Read {
     maps: Vec<maps::Mapping>,
     /// Of its tasks, leader first.
@@ -188,8 +187,7 @@ pub fn frozen<R>(
     if !inside.is_empty() {
         return Err(DumpError::Inside(inside));
     }
-    let mut inner = ask_all(f, injectors)?;
-    let read = inner.iter_mut().map(|i| std::mem::take(&mut i.read)).collect();
+    let (inner, read) = ask_all(f, injectors)?.into_iter().unzip();
     let mut d = collect(&f.procs, Some(read), host, fds::Mode::Frozen, cache)?;
     let also = d.blockers.is_empty().then(|| also(&d));
     fill(&mut d, &f.procs, inner);
@@ -215,7 +213,7 @@ pub fn frozen<R>(
 }
 
 /// Asks every process, and reads what ptrace shows of its threads.
-fn ask_all(f: &mut Frozen, injectors: &mut Vec<Option<Injector>>) -> Result<Vec<Inner>, DumpError> {
+fn ask_all(f: &mut Frozen, injectors: &mut Vec<Option<Injector>>) -> Result<Vec<(Inner, Read)>, DumpError> {
     let mut laps = Laps::start();
     let all_cpus = online_cpus();
     let mut out = Vec::new();
@@ -224,8 +222,7 @@ fn ask_all(f: &mut Frozen, injectors: &mut Vec<Option<Injector>>) -> Result<Vec<
         let mut tries = 0;
         let (asked, read) = loop {
             let p = &f.procs[i];
-            let states = p.tasks.iter().map(|t| status::read_task(p.pid, t.tid));
-            let states = states.collect::<io::Result<Vec<_>>>()?;
+            let states = p.states()?;
             let mut maps = maps::maps(p.pid)?;
             if p.is_zombie() || p.tasks[0].tid != p.pid {
                 break (task::Asked::default(), Read { maps, states });
@@ -246,7 +243,7 @@ fn ask_all(f: &mut Frozen, injectors: &mut Vec<Option<Injector>>) -> Result<Vec<
         laps.lap("ask");
         let p = &f.procs[i];
         let mut inner = Inner { asked, ..Inner::default() };
-        if place.is_some() && locks(&read.states) {
+        if place.is_some() && read.states[0].vm_lck_kb > 0 {
             // A new mapping shows what mlockall(MCL_FUTURE) does to new mappings.
             let table = inner.asked.table;
             if let Some(t) = maps::smaps(p.pid)?.iter().find(|m| (m.start, m.end) == table) {
@@ -257,12 +254,11 @@ fn ask_all(f: &mut Frozen, injectors: &mut Vec<Option<Injector>>) -> Result<Vec<
             let asked = inner.asked.threads.get(k).cloned().unwrap_or_default();
             inner.threads.push(task::thread(p.pid, t, state, &asked, &all_cpus)?);
         }
-        inner.read = read;
         if let Some(leader) = p.tasks.first() {
             inner.pending = task::pending(leader.tid, true)?;
         }
         laps.lap("threads");
-        out.push(inner);
+        out.push((inner, read));
     }
     laps.log("ask");
     Ok(out)
@@ -281,9 +277,7 @@ fn fill(d: &mut Dumped, procs: &[Proc], inner: Vec<Inner>) {
         if p.is_zombie() {
             continue;
         }
-        let Inner {
-            asked, threads, pending, ..
-        } = i;
+        let Inner { asked, threads, pending } = i;
         if asked.threads.iter().any(|t| t.mempolicy) {
             d.blockers.push(Blocker::new(
                 place(p.pid),
@@ -312,11 +306,6 @@ fn in_the_vdso(p: &Proc) -> Option<Blocker> {
     let tid = vacate::left_inside(p)?;
     let what = format!("{} thread {tid}", place(p.pid));
     Some(Blocker::new(what, "it is in the middle of a function of the kernel's vdso", "try again").transient())
-}
-
-/// Whether a process has memory locked.
-fn locks(states: &[Status]) -> bool {
-    states.first().is_some_and(|s| s.vm_lck_kb > 0)
 }
 
 /// Reads what /proc tells of a tree. `read`: of each process, what was read before.

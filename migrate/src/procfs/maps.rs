@@ -1,7 +1,10 @@
 //! /proc/PID/smaps: mappings with their VmFlags and protection keys (proc_pid_smaps(5)).
 
 use super::{ParseError, hex, num};
-use std::{fs::File, io::Read};
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Read},
+};
 
 /// A mapping as the kernel prints it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -118,36 +121,21 @@ pub fn smaps(pid: i32) -> std::io::Result<Vec<Mapping>> {
 /// The same of the mappings that begin before `end`. The kernel walks every page of a mapping to tell of it: those behind are left alone, but for a few of which it
 /// tells along with the last.
 pub fn smaps_to(pid: i32, end: u64) -> std::io::Result<Vec<Mapping>> {
-    consistent(|| text_to(&mut File::open(super::path(pid, "smaps"))?, end))
+    consistent(|| text_to(File::open(super::path(pid, "smaps"))?, end))
 }
 
 /// Reads a list until it comes to a mapping that begins at `end` or behind.
-fn text_to(file: &mut impl Read, end: u64) -> std::io::Result<Vec<u8>> {
-    let behind = |line: &[u8]| {
-        let start = line.split(|&b| b == b'-').next().and_then(|s| std::str::from_utf8(s).ok());
-        start
-            .and_then(|s| u64::from_str_radix(s, 16).ok())
-            .is_some_and(|start| start >= end)
-    };
-    let mut text = Vec::new();
-    let mut line = 0;
+fn text_to(file: impl Read, end: u64) -> std::io::Result<Vec<u8>> {
     // As much as the kernel makes ready at a time.
-    let mut some = [0; 4096];
+    let mut lines = BufReader::with_capacity(4096, file);
+    let mut text = Vec::new();
     loop {
-        let n = match file.read(&mut some) {
-            Ok(n) => n,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(e) => return Err(e),
-        };
-        text.extend_from_slice(&some[..n]);
-        while let Some(len) = text[line..].iter().position(|&b| b == b'\n') {
-            if behind(&text[line..line + len]) {
-                text.truncate(line);
-                return Ok(text);
-            }
-            line += len + 1;
+        let line = text.len();
+        if lines.read_until(b'\n', &mut text)? == 0 {
+            return Ok(text);
         }
-        if n == 0 {
+        if header(&text[line..]).is_some_and(|m| m.start >= end) {
+            text.truncate(line);
             return Ok(text);
         }
     }
@@ -177,6 +165,7 @@ fn consistent(mut read: impl FnMut() -> std::io::Result<Vec<u8>>) -> std::io::Re
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     /// Gives out a text as the kernel does, some records at a time, and counts how often it was asked.
     struct Records<'a>(std::slice::Iter<'a, String>, usize);
@@ -220,7 +209,6 @@ mod tests {
         let expected: Vec<_> = whole.iter().filter(|m| m.start < middle).map(key).collect();
         assert_eq!(part.iter().map(key).collect::<Vec<_>>(), expected);
     }
-    use proptest::prelude::*;
 
     #[test]
     fn reads_its_own_process() {

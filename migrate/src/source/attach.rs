@@ -4,10 +4,7 @@ use super::shared;
 use crate::{
     arch::pilot::Record,
     inject::{InjectError, Injector},
-    procfs::{
-        maps::{self, Mapping},
-        status,
-    },
+    procfs::maps::{self, Mapping},
     sys::uffd,
     tracer::{Frozen, Proc},
     track::{Tracker, listener::Listener, shared::SharedMemory, wp_async::WpAsync},
@@ -107,22 +104,13 @@ fn step<T>(p: &Proc, take: Take<'_, T>, state: &mut Making<T>) -> Result<(), Inj
     let pid = p.pid;
     let io = |what| move |source| InjectError::Io { pid, what, source };
     let now = maps::maps(pid).map_err(io("read /proc/PID/maps"))?;
-    let states = p.tasks.iter().map(|t| status::read_task(pid, t.tid));
-    let states = states.collect::<io::Result<Vec<_>>>().map_err(io("read /proc/PID/status"))?;
-    let inj = match &mut state.injector {
-        Some(inj) => {
-            inj.renew(&states);
-            inj
-        }
-        none => {
-            if crate::vacate::left_inside(p).is_some() {
-                // Perhaps still on its way out of an earlier batch, whose code this one would overwrite.
-                let reason = "a thread is in the middle of the vdso".into();
-                return Err(InjectError::Unfit { pid, reason });
-            }
-            none.insert(Injector::attach(p, &now, &states)?)
-        }
-    };
+    let states = p.states().map_err(io("read /proc/PID/status"))?;
+    if state.injector.is_none() && crate::vacate::left_inside(p).is_some() {
+        // Perhaps still on its way out of an earlier batch, whose code this one would overwrite.
+        let reason = "a thread is in the middle of the vdso".into();
+        return Err(InjectError::Unfit { pid, reason });
+    }
+    let inj = Injector::keep(&mut state.injector, p, &now, &states)?;
     let batches = |leaders| {
         let mut batches = vec![Vec::new(); p.tasks.len()];
         batches[0] = leaders;

@@ -97,10 +97,10 @@ impl Job<'_> {
             }
         }
         self.background.raise();
-        self.awake = Some(Awake::hold());
         (self.events)(Event::Phase { phase: "freeze" });
         let mut retry = Retry::new(self.pid);
         loop {
+            self.awake = Some(Awake::hold());
             match freeze_now(self.tracer, self.pid, &self.host, tracked.cloned()).await? {
                 Ok(mut s) => {
                     if self.budget() < u64::MAX {
@@ -109,7 +109,10 @@ impl Job<'_> {
                     }
                     return Ok(s);
                 }
-                Err(blockers) => retry.pause(blockers, self.cancel).await?,
+                Err(blockers) => {
+                    self.awake = None;
+                    retry.pause(blockers, self.cancel).await?;
+                }
             }
             // What was written while waiting for a better moment would lengthen the freeze.
             if let Some(t) = tracked {

@@ -217,11 +217,8 @@ pub fn clocks(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         |_| {},
         |kit| {
             let rounds = seen.rounds.load(Ordering::Relaxed);
-            let since = Instant::now();
-            while seen.rounds.load(Ordering::Relaxed) < rounds + 3 && since.elapsed() < Duration::from_secs(20) {
-                thread::sleep(Duration::from_millis(1));
-            }
-            kit.check(seen.rounds.load(Ordering::Relaxed) >= rounds + 3, "the threads stand still");
+            let on = || seen.rounds.load(Ordering::Relaxed) >= rounds + 3;
+            kit.check(crate::kit::within(Duration::from_secs(20), on), "the threads stand still");
             for wrong in seen.wrong.lock().unwrap_or_else(|e| e.into_inner()).drain(..) {
                 kit.differs(wrong);
             }

@@ -7,7 +7,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// A libc call whose -1 is an error.
@@ -159,6 +159,15 @@ pub fn bind(cpu: usize) -> io::Result<()> {
 pub fn yield_to_others() {
     // SAFETY: no pointers; 0 is this thread.
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
+}
+
+/// Does it become true in time?
+pub fn within(limit: Duration, holds: impl Fn() -> bool) -> bool {
+    let since = Instant::now();
+    while !holds() && since.elapsed() < limit {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    holds()
 }
 
 /// Sleeps; a signal handler that ran does not end the sleep.

@@ -1,7 +1,7 @@
 //! A program that is in its signal handlers much of the time, with every signal blocked there, and a thread that never takes any. Their stacks grow and shrink all
 //! the time, so that nobody may be given the registers of a moment ago.
 
-use crate::kit::{Kit, set_of, sys, zeroed};
+use crate::kit::{Kit, set_of, sys, within, zeroed};
 use std::{
     hint::black_box,
     io,
@@ -11,7 +11,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 static HANDLED: AtomicU64 = AtomicU64::new(0);
@@ -20,10 +20,14 @@ static WRONG: AtomicU64 = AtomicU64::new(0);
 /// Goes down so many calls and back, each with something of its own on the stack. False: it has changed.
 #[inline(never)]
 fn down(calls: u64, seed: u64) -> bool {
-    let own = black_box([seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ calls; 8]);
+    let expected = || seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ calls;
+    let own = black_box([expected(); 8]);
     let below = calls == 0 || down(black_box(calls - 1), seed);
-    let expected = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ calls;
-    below && black_box(own).iter().all(|w| *w == expected)
+    below && black_box(own).iter().all(|w| *w == expected())
+}
+
+fn every_signal() -> libc::sigset_t {
+    set_of(&(1..=64).collect::<Vec<_>>())
 }
 
 fn walk(number: u64) {
@@ -46,11 +50,7 @@ pub fn masked(mut kit: Kit, threads: bool) -> io::Result<ExitCode> {
     let worker = threads.then(|| {
         let (stop, walked) = (stop.clone(), walked.clone());
         thread::spawn(move || -> io::Result<()> {
-            sys!(pthread_sigmask(
-                libc::SIG_BLOCK,
-                &set_of(&(1..=64).collect::<Vec<_>>()),
-                std::ptr::null_mut()
-            ))?;
+            sys!(pthread_sigmask(libc::SIG_BLOCK, &every_signal(), std::ptr::null_mut()))?;
             while !stop.load(Ordering::Relaxed) {
                 walk(walked.fetch_add(1, Ordering::Relaxed));
             }
@@ -60,7 +60,7 @@ pub fn masked(mut kit: Kit, threads: bool) -> io::Result<ExitCode> {
     let mut action: libc::sigaction = zeroed();
     action.sa_sigaction = handler as *const () as usize;
     action.sa_flags = libc::SA_RESTART;
-    action.sa_mask = set_of(&(1..=64).collect::<Vec<_>>());
+    action.sa_mask = every_signal();
     sys!(sigaction(libc::SIGALRM, &action, std::ptr::null_mut()))?;
     let every = libc::timeval { tv_sec: 0, tv_usec: 100 };
     let timer = libc::itimerval {
@@ -68,10 +68,7 @@ pub fn masked(mut kit: Kit, threads: bool) -> io::Result<ExitCode> {
         it_value: every,
     };
     sys!(setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()))?;
-    let since = Instant::now();
-    while threads && walked.load(Ordering::SeqCst) == 0 && since.elapsed() < Duration::from_secs(10) {
-        thread::sleep(Duration::from_millis(1));
-    }
+    within(Duration::from_secs(10), || !threads || walked.load(Ordering::SeqCst) > 0);
     // The timer's signal waits, or it does not.
     kit.ignore("process status ShdPnd");
     for task in std::fs::read_dir("/proc/self/task")? {
@@ -90,12 +87,9 @@ pub fn masked(mut kit: Kit, threads: bool) -> io::Result<ExitCode> {
             kit.equal("stacks that were found changed", WRONG.load(Ordering::SeqCst), 0);
             let both = || (HANDLED.load(Ordering::SeqCst), walked.load(Ordering::SeqCst));
             let (handled, walked) = both();
-            let since = Instant::now();
             let more = |now: (u64, u64)| now.0 > handled && (now.1 > walked || !threads);
-            while !more(both()) && since.elapsed() < Duration::from_secs(10) {
-                thread::sleep(Duration::from_millis(1));
-            }
-            kit.check(more(both()), "the handler, or the thread, has stopped");
+            let on = within(Duration::from_secs(10), || more(both()));
+            kit.check(on, "the handler, or the thread, has stopped");
         },
     );
     stop.store(true, Ordering::Relaxed);

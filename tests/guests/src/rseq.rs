@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Turns that a sequence spins between reading and writing: some tens of microseconds.
@@ -111,22 +111,15 @@ pub fn rseq(mut kit: Kit) -> io::Result<ExitCode> {
         })
         .collect();
     let of = |list: &[AtomicU64; 2]| list.iter().map(|n| n.load(Ordering::SeqCst)).sum::<u64>();
-    let since = Instant::now();
-    while of(&shared.aborts) == 0 && since.elapsed() < Duration::from_secs(20) {
-        thread::sleep(Duration::from_millis(1));
-    }
-    kit.check(of(&shared.aborts) > 0, "no sequence was ever interrupted");
+    let interrupted = kit::within(Duration::from_secs(20), || of(&shared.aborts) > 0);
+    kit.check(interrupted, "no sequence was ever interrupted");
     kit.ready()?;
     let code = kit.run(
         |_| {},
         |kit| {
             shared.rest.store(true, Ordering::SeqCst);
-            let since = Instant::now();
             let both = || shared.resting.iter().all(|r| r.load(Ordering::SeqCst));
-            while !both() && since.elapsed() < Duration::from_secs(10) {
-                thread::sleep(Duration::from_millis(1));
-            }
-            kit.check(both(), "the threads do not come to rest");
+            kit.check(kit::within(Duration::from_secs(10), both), "the threads do not come to rest");
             kit.equal(
                 "counted together, one by one",
                 shared.counter.load(Ordering::SeqCst),

@@ -1,6 +1,6 @@
 //! Signals: handlers, masks, alternate stacks, and signals that wait, with what they carry.
 
-use crate::kit::{Kit, set_of, sys, sys0, zeroed};
+use crate::kit::{Kit, set_of, sys, sys0, within, zeroed};
 use std::{
     io,
     process::ExitCode,
@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicUsize, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 static HANDLED: AtomicU32 = AtomicU32::new(0);
@@ -199,12 +199,9 @@ pub fn signals(mut kit: Kit) -> io::Result<ExitCode> {
             if let Some(thread) = in_handler.take() {
                 kit.check(INSIDE.load(Ordering::SeqCst), "the thread left its handler too early");
                 LEAVE.store(true, Ordering::SeqCst);
-                let since = Instant::now();
-                while !thread.is_finished() && since.elapsed() < Duration::from_secs(10) {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                kit.check(thread.is_finished(), "the thread in the handler does not come back");
-                if thread.is_finished() {
+                let back = within(Duration::from_secs(10), || thread.is_finished());
+                kit.check(back, "the thread in the handler does not come back");
+                if back {
                     kit.check(matches!(thread.join(), Ok(Ok(()))), "the thread in the handler failed");
                 }
             }

@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 thread_local! {
@@ -162,10 +162,7 @@ pub fn threads(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         })?
     };
     let wait_for = |answers: u64| {
-        let since = Instant::now();
-        while round.answers.load(Ordering::SeqCst) < answers && since.elapsed() < Duration::from_secs(30) {
-            thread::sleep(Duration::from_millis(1));
-        }
+        crate::kit::within(Duration::from_secs(30), || round.answers.load(Ordering::SeqCst) >= answers);
         round.answers.load(Ordering::SeqCst)
     };
     wait_for(count + 1);
@@ -180,11 +177,8 @@ pub fn threads(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
         |kit| {
             if spinning > 0 {
                 let spins = round.spins.load(Ordering::Relaxed);
-                let since = Instant::now();
-                while round.spins.load(Ordering::Relaxed) == spins && since.elapsed() < Duration::from_secs(10) {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                kit.check(round.spins.load(Ordering::Relaxed) != spins, "spinning threads stand still");
+                let on = || round.spins.load(Ordering::Relaxed) != spins;
+                kit.check(crate::kit::within(Duration::from_secs(10), on), "spinning threads stand still");
             }
             kit.equal("main thread", self_image(), main_image.clone());
             if let Err(e) = rseq_works() {

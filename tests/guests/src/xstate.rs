@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// 64-byte aligned room for any register file.
@@ -304,12 +304,9 @@ pub fn xstate(mut kit: Kit) -> io::Result<ExitCode> {
             for worker in &workers {
                 let before = worker.rounds.load(Ordering::SeqCst);
                 worker.gate.go.store(1, Ordering::SeqCst);
-                let since = Instant::now();
-                while worker.rounds.load(Ordering::SeqCst) == before && since.elapsed() < Duration::from_secs(10) {
-                    thread::sleep(Duration::from_millis(1));
-                }
+                let answers = crate::kit::within(Duration::from_secs(10), || worker.rounds.load(Ordering::SeqCst) != before);
                 let wrong = worker.wrong.lock().unwrap_or_else(|p| p.into_inner()).take();
-                if worker.rounds.load(Ordering::SeqCst) == before {
+                if !answers {
                     kit.differs(format!("{}: does not answer", worker.name));
                 } else if let Some(wrong) = wrong {
                     kit.differs(format!("{}: {wrong}", worker.name));

@@ -604,6 +604,10 @@ impl Process<'_> {
     pub fn signal(&self, signal: Signal) -> bool {
         self.ended().is_none() && self.host.signal(self.pid, signal)
     }
+    /// Its state, one letter; none when it is gone.
+    pub fn state(&self) -> Option<char> {
+        self.host.process(self.pid).map(|p| p.state)
+    }
     /// Its pid outside.
     pub fn outer(&self) -> i32 {
         self.host.outer(self.pid).unwrap_or_else(|| panic!("{} is gone", self.label))
