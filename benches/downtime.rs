@@ -2,9 +2,9 @@
 //! scale.
 //!
 //! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `precopy`, `lazy`, `predict`, `growth`, `cost`, `redis`, `throughput`, `memory`, `scale`; all
-//! of them without any. `MIB@RATE` is a part as well: pre-copy of so much memory, written at so many megabytes a second; and so is `MODE:MIB@RATE`. Rows
-//! are printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle
-//! counts.
+//! of them without any. `MIB@RATE` is a part as well: pre-copy of so much memory, written at so many megabytes a second; and so is `MODE:MIB@RATE`, and
+//! `MODE/shared:MIB@RATE` with anonymous shared memory. Rows are printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how
+//! often each is measured; the middle counts.
 
 use migrate_harness::{Guest, Hosts, Run, Stdio, programs, within};
 use std::{
@@ -159,7 +159,15 @@ fn freeze() {
 /// One migration of a program of `mib` MiB of random data that writes `rate` MB/s at random addresses: (its own gap at the freeze, its longest in the
 /// whole migration, its longest in the same time before, the report).
 fn moved(hosts: &Hosts, mode: &str, mib: &str, rate: &str) -> (f64, f64, f64, serde_json::Value) {
-    let guest = Guest::start(&hosts.a, "ballast", &[("mib", mib), ("rate", rate), ("rest-us", "50")]);
+    let (mode, shared) = match mode.strip_suffix("/shared") {
+        Some(mode) => (mode, "1"),
+        None => (mode, "0"),
+    };
+    let guest = Guest::start(
+        &hosts.a,
+        "ballast",
+        &[("mib", mib), ("rate", rate), ("shared", shared), ("rest-us", "50")],
+    );
     guest.reset_gap();
     thread::sleep(Duration::from_millis(1500));
     let idle = guest.gap().as_secs_f64() * 1e3;
@@ -184,7 +192,7 @@ fn workload(mode: &str, mib: &str, rate: &str, runs: usize) -> f64 {
     let mut parts = vec![vec![]; PARTS.len()];
     for _ in 0..runs {
         let hosts = hosts();
-        let plain = (mode == "post-copy").then(|| ceiling(&hosts, 1 << 30)).flatten();
+        let plain = mode.starts_with("post-copy").then(|| ceiling(&hosts, 1 << 30)).flatten();
         let (freeze, gap, before, report) = moved(&hosts, mode, mib, rate);
         drains.add(&report, plain);
         freezes.push(freeze);
@@ -271,6 +279,7 @@ fn lazy() {
     for mib in ["16", "1024", "4096"] {
         workload("post-copy", mib, "0", runs());
     }
+    workload("post-copy/shared", "1024", "0", runs());
     for rate in ["50", "200", "1000"] {
         workload("hybrid", "1024", rate, runs());
     }

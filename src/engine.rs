@@ -576,7 +576,7 @@ async fn go_on_sending(dial: &Dial, entry: &Entry, events: Events, cancel: Cance
         cancel: &cancel,
     };
     let served = async {
-        let originals = lazy::serve::Originals::open(&entry.spaces).map_err(lazy::serve::ServeError::Read)?;
+        let originals = lazy::serve::Originals::open(&entry.spaces, &entry.objects).map_err(lazy::serve::ServeError::Read)?;
         drain.run(originals, None, Vec::new()).await
     };
     let mut served = served.await.map_err(|e| unknown(e.to_string()))?;

@@ -59,6 +59,8 @@ while_pages_are_missing! {
     a_memfd_written_by_its_descriptor: "written-by-descriptor";
     shared_memory_written_by_a_child: "written-by-a-child";
     shared_memory_written_by_workers: "written-by-workers";
+    shared_memory_in_every_way: "shared-in-every-way";
+    shared_memory_that_is_mapped_twice: "doubled";
     another_kind_of_mapping_at_the_same_place: "other-backing";
     processes_that_come_and_go: "forks";
     processes_with_children_that_come_and_go: "grandchildren";
@@ -70,6 +72,20 @@ while_pages_are_missing! {
     pages_without_the_right_to_write: "read-only";
     proc_self_mem_says_eio_or_the_truth: "own-mem";
     children_forked_before_their_pages_came: "checked-by-children";
+}
+
+/// All of it, and nothing of it before the resume.
+#[test]
+fn shared_memory_follows() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "96"), ("shared", "1")]);
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, LATE);
+    assert!(moved.number("pages_lazy") > 96.0 * 256.0 - 1.0, "{}", moved.report);
+    assert!(moved.number("pages_sent") - moved.number("pages_lazy") < 1024.0, "{}", moved.report);
+    println!("freeze {:.1} ms, drain {}", moved.number("downtime_ms"), moved.report["drain"]);
+    assert!(guest.beats());
+    guest.verify("on b");
+    guest.quit();
 }
 
 #[test]
@@ -136,9 +152,11 @@ fn shared_memory_does_not_lengthen_the_freeze_of_post_copy() {
     if !tracks() {
         return;
     }
+    const ALL: u64 = 64 << 8;
+    const FEW: u64 = 16 << 8;
     // Pages in the rounds before the freeze, and in the freeze.
-    let moved = |hosts: &Hosts, how: &[&str]| {
-        let options = [("mib", "64"), ("shared", "1"), ("dirty", "2"), ("period-us", "2000")];
+    let moved = |hosts: &Hosts, kind: &str, how: &[&str]| {
+        let options = [("mib", "64"), (kind, "1"), ("dirty", "2"), ("period-us", "2000")];
         let guest = Guest::start(&hosts.a, "ballast", &options);
         let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, how);
         guest.verify("on b");
@@ -148,12 +166,19 @@ fn shared_memory_does_not_lengthen_the_freeze_of_post_copy() {
         let last = pages.pop().expect("a round");
         (pages.iter().sum::<u64>(), last)
     };
-    let (before, last) = moved(&two_hosts!(), &["--mode", "post-copy"]);
-    assert!(before >= 64 << 8, "{before} and {last} pages");
-    assert!(last < 16 << 8, "{before} and {last} pages");
+    let tracked = ["--mode", "post-copy"];
     // Without a tracker, as where the kernel has none.
-    let (before, last) = moved(&two_hosts!(), &["--mode", "post-copy", "--tracker", "soft-dirty"]);
-    assert!(last >= 64 << 8, "{before} and {last} pages");
+    let untracked = ["--mode", "post-copy", "--tracker", "soft-dirty"];
+    // What only mappings lead to follows.
+    for how in [&tracked[..], &untracked] {
+        let (before, last) = moved(&two_hosts!(), "shared", how);
+        assert!(before + last < FEW, "{how:?}: {before} and {last} pages");
+    }
+    // A descriptor could read what has not come.
+    let (before, last) = moved(&two_hosts!(), "memfd", &tracked);
+    assert!(before >= ALL && last < FEW, "{before} and {last} pages");
+    let (_, last) = moved(&two_hosts!(), "memfd", &untracked);
+    assert!(last >= ALL, "{last} pages");
 }
 
 #[test]

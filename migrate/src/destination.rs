@@ -11,7 +11,8 @@ use crate::{
     laps::Laps,
     lazy::{
         fetch::{Drain, Hub},
-        keeper::{Armed, Keeper},
+        keeper::{Armed, Keeper, Pending},
+        object,
     },
     oracle,
     pages::PageSet,
@@ -138,9 +139,12 @@ pub async fn serve<L: Link>(
             .and_then(|k| k);
         keeper = Some(started.map_err(|e| Failure::failed("preflight", 0, format!("cannot start the keeper of the copy's memory: {e}")))?);
     }
-    wire::send(&mut link, &Message::Accept(Accept { host, fresh_pids: fresh }))
-        .await
-        .map_err(lost("preflight"))?;
+    let accept = Accept {
+        host,
+        fresh_pids: fresh,
+        shared_follows: lazy && object::possible(),
+    };
+    wire::send(&mut link, &Message::Accept(accept)).await.map_err(lost("preflight"))?;
     if check_only {
         while let Ok(Ok(Message::Probe(_))) = tokio::time::timeout(Duration::from_secs(10), wire::recv(&mut link)).await {
             if wire::send(&mut link, &Message::Pending).await.is_err() {
@@ -414,6 +418,7 @@ impl Site<'_> {
             since: misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
             boot_id: journal::boot_id(),
             spaces: Vec::new(),
+            objects: Vec::new(),
         };
         let journal = Journal::create(self.state_dir, &entry)
             .map_err(|e| format!("cannot write the journal in {}: {e}", self.state_dir.display()))?;
@@ -506,6 +511,7 @@ async fn rounds_and_state<L: Link>(
             tree,
             names,
             drops,
+            expect,
             bytes,
         } = start;
         background.round(bytes);
@@ -518,6 +524,9 @@ async fn rounds_and_state<L: Link>(
             (None, None) => return Err("the source's first round has no tree".into()),
         };
         let sink = site.shape(tree, names, drops, false).await?;
+        if !expect.is_empty() {
+            site.with(move |c| c.expect(&expect).map_err(|e| e.to_string())).await??;
+        }
         let shape_ms = began.elapsed().as_secs_f64() * 1000.0;
         let (round, missed) = pages(link, sink.tolerant(), number, bytes, events).await?;
         events(Event::Round(round));
@@ -581,9 +590,11 @@ async fn last<L: Link>(
     };
     rounds.push(round);
     let own_hashes = if verify {
+        let later = later.clone();
         let found = site
-            .with(|c| {
-                let hashes = oracle::hashes(c.tree(), c.pids(), c.objects())?;
+            .with(move |c| {
+                let mut hashes = oracle::hashes(c.tree(), c.pids(), c.objects())?;
+                c.without_expected(&later, &mut hashes);
                 Ok::<_, io::Error>(((hashes, c.tree().mms.clone()), c.check_mappings()?))
             })
             .await?;
@@ -597,10 +608,10 @@ async fn last<L: Link>(
     };
     laps.lap("pages and state");
     let watch = verify && track::wp_async::available();
-    let mut armed = Vec::new();
+    let (mut armed, mut objects) = Default::default();
     if !later.is_empty() && !narrowed {
         let later = later.clone();
-        armed = site.with(move |c| c.arm(&later, watch).map_err(|e| e.to_string())).await??;
+        (armed, objects) = site.with(move |c| c.arm(&later, watch).map_err(|e| e.to_string())).await??;
     }
     laps.lap("register");
     site.with(|c| c.finish().map_err(|e| e.to_string())).await??;
@@ -627,7 +638,7 @@ async fn last<L: Link>(
     if narrowed {
         let exact = narrow(&later, &h.later.unwrap_or_default())?;
         let guards = h.guards;
-        armed = site
+        (armed, objects) = site
             .with(move |c| c.contexts(&guards).and_then(|()| c.arm(&exact, watch)).map_err(|e| e.to_string()))
             .await??;
     }
@@ -638,8 +649,14 @@ async fn last<L: Link>(
             hashes.extend(of.map(|l| (l.1, l.2)));
         }
     }
+    for o in &mut objects {
+        if let Some(hashes) = &mut o.expected {
+            let of = h.later_hashes.iter().filter(|l| l.0 == o.name);
+            hashes.extend(of.map(|l| (l.1, l.2)));
+        }
+    }
     let keeper = match site.keeper.take() {
-        Some(keeper) if !armed.is_empty() => Some(start_keeper(keeper, armed)?),
+        Some(keeper) if !armed.is_empty() => Some(start_keeper(keeper, armed, objects)?),
         _ => None,
     };
     laps.lap("keeper");
@@ -663,8 +680,11 @@ fn narrow(announced: &[Ranges], content: &[Ranges]) -> Result<Vec<Ranges>, Strin
 }
 
 /// Hands the copy's memory over to the keeper: a few kilobytes to a process that reads.
-fn start_keeper(mut keeper: Keeper, armed: Vec<Armed>) -> Result<Keeper, String> {
+fn start_keeper(mut keeper: Keeper, armed: Vec<Armed>, objects: Vec<Pending>) -> Result<Keeper, String> {
     let start = move || {
+        for o in objects {
+            keeper.take_object(o)?;
+        }
         for a in armed {
             keeper.take(a)?;
         }

@@ -63,6 +63,9 @@ pub struct Entry {
     /// Source: processes that hold pages the copy does not have yet: (name of the address space, pid).
     #[serde(default)]
     pub spaces: Vec<(u32, i32)>,
+    /// Source: shared memory of which the copy does not have all pages yet: (its name, a process that maps it, where).
+    #[serde(default)]
+    pub objects: Vec<(u32, i32, u64, u64)>,
 }
 
 /// An open journal file. It stays when dropped; [`Journal::remove`] ends it.
@@ -145,6 +148,7 @@ impl Journal {
             since: crate::sys::misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
             boot_id: boot_id(),
             spaces: Vec::new(),
+            objects: Vec::new(),
         };
         let j = Self::create(state_dir, &entry)?;
         j.file.write_all_at(&2u32.to_le_bytes(), WORD as u64)
@@ -269,6 +273,7 @@ mod tests {
             since: 7,
             boot_id: boot_id(),
             spaces: Vec::new(),
+            objects: Vec::new(),
         }
     }
 

@@ -38,7 +38,7 @@ pub const DONE: &str = "done";
 const GOODBYE: Duration = Duration::from_secs(10);
 
 /// Revision of every message here.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// A message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -169,6 +169,8 @@ pub struct Accept {
     pub host: Host,
     /// A fresh pid namespace will be used, because pids are taken.
     pub fresh_pids: bool,
+    /// Pages of shared memory may follow after the resume.
+    pub shared_follows: bool,
 }
 
 /// The beginning of a pre-copy round.
@@ -182,6 +184,8 @@ pub struct RoundStart {
     pub names: Names,
     /// Memory to be made untouched again before the pages are written: (space or object, start, end).
     pub drops: Vec<(u32, u64, u64)>,
+    /// Pages of objects that are going to follow after the resume: they can be made, without their content.
+    pub expect: Vec<Ranges>,
     /// Bytes of pages that follow.
     pub bytes: u64,
 }

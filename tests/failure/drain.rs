@@ -8,9 +8,16 @@ use std::time::{Duration, Instant};
 /// 96 MiB in about five seconds.
 const SLOWLY: [&str; 4] = ["--mode", "post-copy", "--bandwidth", "20MB/s"];
 
+/// What follows is private memory, or shared, which follows in another way.
+const KINDS: [&str; 2] = ["0", "1"];
+
 /// A guest in the first second of its drain, with both agents.
 fn draining(hosts: &Hosts) -> (Guest, Process<'_>, Receiver<'_>) {
-    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "96"), ("dirty", "1")]);
+    draining_with(hosts, KINDS[0])
+}
+
+fn draining_with<'h>(hosts: &'h Hosts, shared: &str) -> (Guest, Process<'h>, Receiver<'h>) {
+    let guest = Guest::start(&hosts.a, "ballast", &[("mib", "96"), ("dirty", "1"), ("shared", shared)]);
     let receiver = hosts.b.receive(&Stdio::Null);
     let pid = guest.pid.to_string();
     let args = [hosts.a.send_args_any(&pid, &receiver), SLOWLY.to_vec()].concat();
@@ -51,59 +58,65 @@ fn open_handover(hosts: &Hosts) -> String {
 
 #[test]
 fn receiver_killed_in_the_drain() {
-    let hosts = two_hosts!();
-    let (guest, sender, receiver) = draining(&hosts);
-    receiver.process.signal(Signal::SIGKILL);
-    receiver.process.wait_for(Duration::from_secs(5));
-    std::thread::sleep(Duration::from_secs(1));
-    // It waits for pages, and is there: nothing else may have become of it.
-    assert_eq!(copies(&hosts, &guest).iter().filter(|c| c.0.name() == "b").count(), 1);
-    assert!(sender.ended().is_none(), "{}", sender.stderr());
-    let again = hosts.b.receive(&Stdio::Null);
-    let ended = sender.wait_for(Duration::from_secs(60));
-    assert_eq!(ended, Ended::Code(0), "{}", sender.stderr());
-    all_there(&hosts, &guest, "receiver killed in the drain");
-    again.process.signal(Signal::SIGINT);
-    again.process.wait_for(Duration::from_secs(5));
+    for shared in KINDS {
+        let hosts = two_hosts!();
+        let (guest, sender, receiver) = draining_with(&hosts, shared);
+        receiver.process.signal(Signal::SIGKILL);
+        receiver.process.wait_for(Duration::from_secs(5));
+        std::thread::sleep(Duration::from_secs(1));
+        // It waits for pages, and is there: nothing else may have become of it.
+        assert_eq!(copies(&hosts, &guest).iter().filter(|c| c.0.name() == "b").count(), 1);
+        assert!(sender.ended().is_none(), "{}", sender.stderr());
+        let again = hosts.b.receive(&Stdio::Null);
+        let ended = sender.wait_for(Duration::from_secs(60));
+        assert_eq!(ended, Ended::Code(0), "{}", sender.stderr());
+        all_there(&hosts, &guest, "receiver killed in the drain");
+        again.process.signal(Signal::SIGINT);
+        again.process.wait_for(Duration::from_secs(5));
+    }
 }
 
 #[test]
 fn sender_killed_in_the_drain() {
-    let hosts = two_hosts!();
-    let (guest, sender, receiver) = draining(&hosts);
-    sender.signal(Signal::SIGKILL);
-    sender.wait_for(Duration::from_secs(5));
-    std::thread::sleep(Duration::from_secs(1));
-    assert_eq!(
-        copies(&hosts, &guest).len(),
-        2,
-        "the original is kept: {:?}",
-        names(&copies(&hosts, &guest))
-    );
-    let id = open_handover(&hosts);
-    let abort = hosts.a.run(&["recover", &id, "--abort"]);
-    assert_eq!(abort.code, 3, "the copy runs: {} {}", abort.stdout, abort.stderr);
-    let run = hosts.a.run(&["recover", &id]);
-    assert_eq!(run.code, 0, "{} {}", run.stdout, run.stderr);
-    assert_eq!(receiver.process.wait_for(Duration::from_secs(30)), Ended::Code(0));
-    all_there(&hosts, &guest, "sender killed in the drain");
+    for shared in KINDS {
+        let hosts = two_hosts!();
+        let (guest, sender, receiver) = draining_with(&hosts, shared);
+        sender.signal(Signal::SIGKILL);
+        sender.wait_for(Duration::from_secs(5));
+        std::thread::sleep(Duration::from_secs(1));
+        assert_eq!(
+            copies(&hosts, &guest).len(),
+            2,
+            "the original is kept: {:?}",
+            names(&copies(&hosts, &guest))
+        );
+        let id = open_handover(&hosts);
+        let abort = hosts.a.run(&["recover", &id, "--abort"]);
+        assert_eq!(abort.code, 3, "the copy runs: {} {}", abort.stdout, abort.stderr);
+        let run = hosts.a.run(&["recover", &id]);
+        assert_eq!(run.code, 0, "{} {}", run.stdout, run.stderr);
+        assert_eq!(receiver.process.wait_for(Duration::from_secs(30)), Ended::Code(0));
+        all_there(&hosts, &guest, "sender killed in the drain");
+    }
 }
 
 #[test]
 fn both_agents_killed_in_the_drain() {
-    let hosts = two_hosts!();
-    let (guest, sender, receiver) = draining(&hosts);
-    for agent in [&sender, &receiver.process] {
-        agent.signal(Signal::SIGKILL);
-        agent.wait_for(Duration::from_secs(5));
+    for shared in KINDS {
+        let hosts = two_hosts!();
+        let (guest, sender, receiver) = draining_with(&hosts, shared);
+        for agent in [&sender, &receiver.process] {
+            agent.signal(Signal::SIGKILL);
+            agent.wait_for(Duration::from_secs(5));
+        }
+        let again = hosts.b.receive(&Stdio::Null);
+        let id = open_handover(&hosts);
+        let run = hosts.a.run(&["recover", &id]);
+        assert_eq!(run.code, 0, "{} {}", run.stdout, run.stderr);
+        all_there(&hosts, &guest, "both agents killed in the drain");
+        again.process.signal(Signal::SIGINT);
+        again.process.wait_for(Duration::from_secs(5));
     }
-    let again = hosts.b.receive(&Stdio::Null);
-    let id = open_handover(&hosts);
-    let run = hosts.a.run(&["recover", &id]);
-    assert_eq!(run.code, 0, "{} {}", run.stdout, run.stderr);
-    all_there(&hosts, &guest, "both agents killed in the drain");
-    again.process.signal(Signal::SIGINT);
-    again.process.wait_for(Duration::from_secs(5));
 }
 
 #[test]

@@ -221,7 +221,7 @@ impl<L: Link> Drain<L> {
                         let missing = packed(&missing);
                         self.shared.send(Channel::Bulk, Message::Attached(Attached { missing }));
                     }
-                    FromKeeper::Hello => {}
+                    FromKeeper::Hello | FromKeeper::Ready => {}
                     FromKeeper::Drained(stats) => {
                         let heard = self.shared.send(Channel::Bulk, Message::Drained(stats.clone()));
                         self.shared.tell(&ToKeeper::Bye).await.map_err(lost)?;

@@ -43,6 +43,17 @@ pub enum ToKeeper {
         /// [`super::audit::Watched`] come along too.
         expected: Option<Vec<(u64, u64)>>,
     },
+    /// Shared memory whose content follows ([`super::object`]); its descriptor comes along.
+    Object {
+        /// Its name at the source.
+        name: u32,
+        /// Bytes.
+        size: u64,
+        /// Ranges that are missing, by offset.
+        missing: Vec<(u64, u64)>,
+        /// For the memory oracle: (offset, hash) of what is missing.
+        expected: Option<Vec<(u64, u64)>>,
+    },
     /// The copy is about to run: from now on faults are served, and the keeper outlives the agent.
     Start,
     /// Pages that have arrived; the data of runs that are not zero lies in a slot, one after the other.
@@ -65,6 +76,8 @@ pub enum ToKeeper {
 /// From the keeper.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromKeeper {
+    /// The answer to [`ToKeeper::Start`]: it has everything it needs, and can be found by a later agent.
+    Ready,
     /// To a later agent; the ring's descriptor comes along.
     Hello,
     /// The answer to [`ToKeeper::List`].

@@ -47,6 +47,21 @@ pub struct Armed {
     pub watched: Option<(Watched, Vec<(u64, u64)>)>,
 }
 
+/// Shared memory whose content follows.
+#[derive(Debug)]
+pub struct Pending {
+    /// A descriptor of it.
+    pub fd: OwnedFd,
+    /// Its name at the source.
+    pub name: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Ranges that are missing, by offset.
+    pub missing: Vec<(u64, u64)>,
+    /// For the memory oracle: (offset, hash) of what is missing.
+    pub expected: Option<Vec<(u64, u64)>>,
+}
+
 fn directory(state_dir: &Path) -> PathBuf {
     state_dir.join("keeper")
 }
@@ -113,9 +128,31 @@ impl Keeper {
         self.channel.send(&space, &fds)
     }
 
-    /// From now on it serves, and outlives this agent.
+    /// Hands over shared memory.
+    pub fn take_object(&mut self, pending: Pending) -> io::Result<()> {
+        let Pending {
+            fd,
+            name,
+            size,
+            missing,
+            expected,
+        } = pending;
+        let object = ToKeeper::Object {
+            name,
+            size,
+            missing,
+            expected,
+        };
+        self.channel.send(&object, &[&fd])
+    }
+
+    /// From now on it serves, and outlives this agent. Returns once it has said that it does: were it gone, every missing page would read as zeros.
     pub fn start(&mut self) -> io::Result<()> {
-        self.channel.send(&ToKeeper::Start, &[])
+        self.channel.send(&ToKeeper::Start, &[])?;
+        match self.channel.recv()? {
+            FromKeeper::Ready => Ok(()),
+            _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it says something else")),
+        }
     }
 
     /// Finds the keeper that an earlier agent left. NotFound: there is none.
@@ -145,5 +182,35 @@ impl Keeper {
     /// Whether an earlier agent left one for this migration.
     pub fn exists(state_dir: &Path, id: &str) -> bool {
         crate::journal::valid_id(id) && socket(state_dir, id).exists()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As with a full disk under the state directory: no socket can be made.
+    #[test]
+    fn a_keeper_that_cannot_set_itself_up_is_noticed() {
+        let start = |socket: &Path| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let ring = tempfile::tempfile().unwrap();
+            ring.set_len(RING as u64).unwrap();
+            let mut keeper = Keeper {
+                channel: Channel::new(ours),
+                ring: Region::map(&ring, RING, 0).unwrap(),
+            };
+            let socket = socket.to_string_lossy().into_owned();
+            keeper.channel.send(&ToKeeper::Setup { socket }, &[&ring]).unwrap();
+            let serving = std::thread::spawn(move || crate::lazy::pager::run(theirs));
+            let started = keeper.start();
+            drop(keeper);
+            (started, serving.join().unwrap())
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let (started, ended) = start(&dir.path().join("none/socket"));
+        assert!(started.is_err() && ended.is_err(), "{started:?} {ended:?}");
+        let (started, ended) = start(&dir.path().join("socket"));
+        assert!(started.is_ok() && ended.is_ok(), "{started:?} {ended:?}");
     }
 }

@@ -11,10 +11,10 @@
 //! userfaultfd of that process, hands the descriptors to the *keeper*, and lets the program run. The originals stay stopped at the source until the
 //! keeper has said that nothing is missing: they are the only copy of what has not arrived.
 //!
-//! What follows, and what cannot ([`can_wait`]): private anonymous memory follows. Everything else is sent within the freeze: written pages of private file
+//! What follows, and what cannot ([`can_wait`], [`objects`]): private anonymous memory follows. Everything else is sent within the freeze: written pages of private file
 //! mappings, which userfaultfd does not cover; locked memory, which the kernel would fill with zeros as soon as it is locked again; memory that a
-//! fork wipes, since a child must not get what its parent misses there; and shared memory, of which nobody can tell from the kernel's event whether
-//! a range was dropped from one process (MADV_DONTNEED) or for all (MADV_REMOVE).
+//! fork wipes, since a child must not get what its parent misses there; and shared memory that others could reach, by a descriptor above all. Shared
+//! anonymous memory follows in a way of its own: [`object`].
 
 pub mod audit;
 pub mod bits;
@@ -22,6 +22,7 @@ pub mod fetch;
 pub mod ipc;
 pub mod keeper;
 pub mod lane;
+pub mod object;
 pub mod pager;
 pub mod push;
 pub mod serve;
@@ -29,10 +30,11 @@ pub mod table;
 
 use crate::{
     dump::pages::{OBJECT_SPACE, SpacePlan},
-    image::{Backing, PAGE, Tree, Vma},
+    image::{Backing, Kind, ObjectKind, PAGE, Tree, Vma},
     pages::PageSet,
     restore::rebuild::Names,
 };
+use std::collections::HashSet;
 
 /// Whether missing pages of a mapping can follow: see the module.
 pub fn can_wait(v: &Vma) -> bool {
@@ -40,10 +42,38 @@ pub fn can_wait(v: &Vma) -> bool {
     v.backing == Backing::Anonymous && !v.shared && !f.locked && !f.lock_on_fault && !f.wipe_on_fork && !f.droppable
 }
 
+/// Indices of the objects whose pages can follow: shared anonymous memory that no descriptor leads to, and of which no process has a mapping that
+/// would not do ([`object`]). Small ones are not worth it.
+pub fn objects(tree: &Tree) -> HashSet<u32> {
+    let mut out: HashSet<u32> = (0..)
+        .zip(&tree.objects)
+        .filter(|(_, o)| o.kind == ObjectKind::SharedAnonymous && o.size >= LEAST)
+        .map(|(i, _)| i)
+        .collect();
+    for d in &tree.descriptions {
+        if let Kind::Object { object, .. } = d.kind {
+            out.remove(&object);
+        }
+    }
+    for v in tree.mms.iter().flat_map(|m| &m.vmas) {
+        let Backing::Object { object, offset, writable } = v.backing else {
+            continue;
+        };
+        let f = &v.flags;
+        if !v.shared || !writable || offset % PAGE != 0 || f.locked || f.lock_on_fault {
+            out.remove(&object);
+        }
+    }
+    out
+}
+
 /// The memory of an address space in which they can.
 pub fn waiting(vmas: &[Vma]) -> PageSet {
     PageSet::from_ranges(vmas.iter().filter(|v| can_wait(v)).map(|v| (v.start, v.end)))
 }
+
+/// Bytes of the smallest shared memory that follows.
+const LEAST: u64 = 64 << 10;
 
 /// A frozen tree's pages, by when they are sent.
 #[derive(Debug, Default)]
@@ -55,11 +85,22 @@ pub struct Split {
 }
 
 /// Decides which pages can follow. `budget`: bytes of them that are sent within the freeze nevertheless; when everything fits, nothing follows.
-/// Pages that every task needs for its first step go first.
-pub fn split(tree: &Tree, names: &Names, plans: Vec<SpacePlan>, budget: u64) -> Split {
+/// Pages that every task needs for its first step go first. `shared`: the destination can let shared memory follow.
+pub fn split(tree: &Tree, names: &Names, plans: Vec<SpacePlan>, budget: u64, shared: bool) -> Split {
     let mut out = Split::default();
     let mut spare = budget;
+    let objects = if shared { objects(tree) } else { HashSet::new() };
+    let follows = |name: u32| (0..).zip(&names.objects).any(|(o, n)| *n == name && objects.contains(&o));
     for plan in plans {
+        if plan.space >= OBJECT_SPACE && follows(plan.space) && !plan.ranges.is_empty() {
+            if plan.bytes() <= spare {
+                spare -= plan.bytes();
+                out.now.push(plan);
+            } else {
+                out.later.push(plan);
+            }
+            continue;
+        }
         let Some(m) = names
             .spaces
             .iter()
@@ -188,7 +229,7 @@ mod tests {
     fn what_cannot_follow_goes_now() {
         let (tree, names) = tree();
         let all = [(0x100, 0x180), (0x200, 0x204), (0x300, 0x302), (0x400, 0x401)];
-        let s = split(&tree, &names, vec![plan(9, &all), plan(OBJECT_SPACE, &[(0, 4)])], 0);
+        let s = split(&tree, &names, vec![plan(9, &all), plan(OBJECT_SPACE, &[(0, 4)])], 0, true);
         let ranges = |p: &[SpacePlan]| -> Vec<(u32, u64, u64)> {
             p.iter()
                 .flat_map(|p| p.ranges.iter().map(|r| (p.space, r.0 / PAGE, r.1 / PAGE)))
@@ -201,9 +242,9 @@ mod tests {
     #[test]
     fn a_little_is_not_worth_it() {
         let (tree, names) = tree();
-        let s = split(&tree, &names, vec![plan(9, &[(0x100, 0x104)])], 4 * PAGE);
+        let s = split(&tree, &names, vec![plan(9, &[(0x100, 0x104)])], 4 * PAGE, true);
         assert!(s.later.is_empty() && s.now.len() == 1);
-        let s = split(&tree, &names, vec![plan(9, &[(0x100, 0x105)])], 4 * PAGE);
+        let s = split(&tree, &names, vec![plan(9, &[(0x100, 0x105)])], 4 * PAGE, true);
         assert_eq!(s.later.len(), 1);
     }
 }

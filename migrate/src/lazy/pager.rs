@@ -13,9 +13,11 @@
 use super::{
     audit::{Audit, Watched},
     ipc::{Channel, FrameRun, FromKeeper, RING, SLOT, SLOTS, Stats, ToKeeper},
+    object::Object,
     table::{Place, Region as Mapped, Table},
 };
 use crate::{
+    dump::pages::OBJECT_SPACE,
     image::PAGE,
     report::FaultLatency,
     sys::{
@@ -38,6 +40,8 @@ use std::{
 
 /// Pages put in place before the next look at what the program does: 64 KiB to 256 KiB are where UFFDIO_COPY is fastest.
 const UNIT: u64 = 64;
+/// Pages of shared memory that are mapped along with one that is touched, as the kernel does it where nobody is asked (fault_around_bytes).
+const AROUND: u64 = 16;
 /// Children after which those that have ended are looked for: each holds a descriptor until then, if no page arrives meanwhile that it missed.
 const LITTER: usize = 64;
 /// How often a keeper that nothing happens to looks whether its program is still there.
@@ -64,6 +68,15 @@ impl Frame {
     }
 }
 
+/// A task waits for a page.
+#[derive(Debug, Clone, Copy)]
+struct Fault {
+    space: usize,
+    at: u64,
+    /// The page is there, and not mapped.
+    minor: bool,
+}
+
 struct Keeper {
     table: Table,
     /// By the table's indices.
@@ -77,8 +90,12 @@ struct Keeper {
     bulk: VecDeque<Frame>,
     /// Pages that tasks wait for, and since when each of them does.
     waiting: HashMap<(u32, u64), Vec<Instant>>,
+    /// Where tasks wait for pages of shared memory: such a page is mapped where it is touched, and nowhere else.
+    touched: HashMap<(u32, u64), Vec<(usize, u64)>>,
+    /// Shared memory, by name.
+    objects: HashMap<u32, Object>,
     /// Faults to be looked at again, because an event was under way.
-    again: Vec<(usize, u64)>,
+    again: Vec<Fault>,
     /// Children since those that have ended were looked for.
     born: usize,
     /// Nanoseconds.
@@ -132,6 +149,8 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
         urgent: VecDeque::new(),
         bulk: VecDeque::new(),
         waiting: HashMap::new(),
+        touched: HashMap::new(),
+        objects: HashMap::new(),
         again: Vec::new(),
         born: 0,
         latencies: Vec::new(),
@@ -169,6 +188,16 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
                 keeper.table.add(regions, missing);
                 keeper.fds.push(Some(fd));
             }
+            ToKeeper::Object {
+                name,
+                size,
+                missing,
+                expected,
+            } => {
+                let object = Object::open(&agent.descriptor()?, size, expected)?;
+                keeper.objects.insert(name, object);
+                keeper.table.add_object(name, missing);
+            }
             ToKeeper::Start => break,
             other => {
                 return Err(io::Error::new(
@@ -181,6 +210,7 @@ pub fn run(socket: UnixStream) -> io::Result<()> {
     let _ = std::fs::remove_file(&keeper.socket);
     let (_dir, short) = super::keeper::short(&keeper.socket)?;
     keeper.listener = Some(UnixListener::bind(short)?);
+    agent.send(&FromKeeper::Ready, &[])?;
     keeper.agent = Some(agent);
     let r = keeper.work();
     let _ = std::fs::remove_file(&keeper.socket);
@@ -216,8 +246,8 @@ impl Keeper {
             if ready.visitor {
                 self.welcome();
             }
-            for (space, at) in std::mem::take(&mut self.again) {
-                self.fault(space, at);
+            for fault in std::mem::take(&mut self.again) {
+                self.fault(fault);
             }
             self.unit();
             if self.list && self.urgent.is_empty() && self.bulk.is_empty() {
@@ -291,7 +321,7 @@ impl Keeper {
         };
         for m in messages {
             match m {
-                Message::Fault { address } => self.fault(space, address),
+                Message::Fault { address, minor } => self.fault(Fault { space, at: address, minor }),
                 Message::Fork(fd) => {
                     let child = self.table.fork(space);
                     match self.fds.get_mut(child) {
@@ -330,12 +360,27 @@ impl Keeper {
     /// Nobody waits for what is missing nowhere.
     fn forget_waiting(&mut self) {
         let table = &self.table;
-        self.waiting.retain(|&(name, at), _| !table.places(name, at, at + PAGE).is_empty());
+        self.waiting.retain(|&(name, at), _| table.lacks(name, at));
+        self.touched.retain(|key, _| self.waiting.contains_key(key));
     }
 
-    fn fault(&mut self, space: usize, at: u64) {
+    fn fault(&mut self, fault: Fault) {
+        let Fault { space, at, minor } = fault;
+        let mut wants = self.table.wants(space, at);
+        if let Some((name, origin)) = wants
+            && name >= OBJECT_SPACE
+            && !minor
+        {
+            // It was dropped for everybody: others may have begun to wait for it before.
+            self.table.arrived(name, origin, origin + PAGE);
+            self.come(name, origin, origin + PAGE);
+            wants = None;
+        }
         let Some(Some(fd)) = self.fds.get(space) else { return };
-        if let Some((name, origin)) = self.table.wants(space, at) {
+        if let Some((name, origin)) = wants {
+            if minor {
+                self.touched.entry((name, origin)).or_default().push((space, at));
+            }
             let list = self.waiting.entry((name, origin)).or_default();
             list.push(Instant::now());
             if list.len() == 1 {
@@ -343,15 +388,76 @@ impl Keeper {
             }
             return;
         }
+        if minor {
+            return self.map(fault);
+        }
         // Never had content, or has lost it.
-        match fd.zero(at, PAGE) {
-            (_, None) => self.stats.zero_faults += 1,
-            (_, Some(FillError::Event)) => self.again.push((space, at)),
-            (_, Some(FillError::Gone)) => self.end(space),
-            (_, Some(FillError::There | FillError::NoMapping)) => drop(fd.wake(at, PAGE)),
-            (_, Some(FillError::Other(errno))) => {
-                let _ = writeln!(io::stderr(), "no zero page can be put in place: errno {errno}");
-                self.again.push((space, at));
+        let failed = fd.zero(at, PAGE).1;
+        self.stats.zero_faults += u64::from(failed.is_none());
+        self.settle(fault, failed);
+    }
+
+    /// Maps a page of shared memory that is there.
+    fn map(&mut self, fault: Fault) {
+        let Fault { space, at, .. } = fault;
+        // A mapping that the kernel has not told of (mremap(2) of no bytes doubles one): the task goes on once everything has come.
+        let Some(&region) = self.table.region(space, at).filter(|r| r.shared()) else {
+            return;
+        };
+        let Some(Some(fd)) = self.fds.get(space) else { return };
+        let failed = fd.proceed(at, PAGE).1;
+        if failed.is_none() {
+            self.around(space, at, region);
+        }
+        self.settle(fault, failed);
+    }
+
+    /// What answering a fault has come to.
+    fn settle(&mut self, fault: Fault, failed: Option<FillError>) {
+        match failed {
+            None => {}
+            Some(FillError::Event) => self.again.push(fault),
+            Some(FillError::Gone) => self.end(fault.space),
+            Some(FillError::There | FillError::NoMapping | FillError::Hole) => {
+                if let Some(Some(fd)) = self.fds.get(fault.space) {
+                    let _ = fd.wake(fault.at, PAGE);
+                }
+            }
+            Some(FillError::Other(errno)) => {
+                let _ = writeln!(io::stderr(), "a page cannot be put in place or mapped: errno {errno}");
+                self.again.push(fault);
+            }
+        }
+    }
+
+    /// Maps what is there behind a page that was touched: best effort, each of them can be asked for.
+    fn around(&self, space: usize, at: u64, r: Mapped) {
+        let (start, most) = (at + PAGE, r.end.min(at + AROUND * PAGE));
+        let offset = |at: u64| at - r.start + r.origin;
+        if let Some(Some(fd)) = self.fds.get(space)
+            && start < most
+        {
+            let missing = self.table.missing_of(r.name, offset(start), offset(most));
+            let end = missing.first().map_or(most, |m| m.0 - r.origin + r.start);
+            if start < end {
+                let _ = fd.proceed(start, end - start);
+            }
+        }
+    }
+
+    /// Pages of the source are missing no more: tasks that wait for them are counted, and those that touched shared memory look again.
+    fn come(&mut self, name: u32, start: u64, end: u64) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        for at in (start..end).step_by(PAGE as usize) {
+            for since in self.waiting.remove(&(name, at)).unwrap_or_default() {
+                if self.latencies.len() < SAMPLES {
+                    self.latencies.push(since.elapsed().as_nanos() as u64);
+                }
+            }
+            for (space, at) in self.touched.remove(&(name, at)).unwrap_or_default() {
+                self.fault(Fault { space, at, minor: true });
             }
         }
     }
@@ -362,7 +468,7 @@ impl Keeper {
             *fd = None;
         }
         // Its index may be a child's next.
-        self.again.retain(|(s, _)| *s != space);
+        self.again.retain(|f| f.space != space);
         self.audit.forget(space);
         self.forget_waiting();
     }
@@ -460,8 +566,10 @@ impl Keeper {
             for words in &compared.words {
                 let _ = writeln!(io::stderr(), "after the drain: {words}");
             }
-            (self.stats.compared, self.stats.different) = (compared.pages, compared.different);
+            self.stats.compared += compared.pages;
+            self.stats.different += compared.different;
         }
+        self.objects.clear();
         self.fds.iter_mut().for_each(|fd| *fd = None);
         self.stats.latency = latency(&mut self.latencies);
         let stats = self.stats.clone();
@@ -509,6 +617,9 @@ impl Keeper {
     /// Puts pages of the source wherever they are missing. False: an event has to be read first, after which they may be missing elsewhere.
     fn put(&mut self, name: u32, start: u64, pages: u64, data: Option<usize>, urgent: bool) -> bool {
         let end = start + pages * PAGE;
+        if name >= OBJECT_SPACE {
+            return self.put_object(name, start, end, data, urgent);
+        }
         let places = self.table.places(name, start, end);
         let wanted: u64 = places.iter().map(|p| (p.end - p.start) / PAGE).sum();
         if wanted < pages {
@@ -522,15 +633,38 @@ impl Keeper {
                 return false;
             }
         }
-        if !self.waiting.is_empty() {
-            for at in (start..end).step_by(PAGE as usize) {
-                for since in self.waiting.remove(&(name, at)).unwrap_or_default() {
-                    if self.latencies.len() < SAMPLES {
-                        self.latencies.push(since.elapsed().as_nanos() as u64);
-                    }
-                }
+        self.come(name, start, end);
+        true
+    }
+
+    /// The same for shared memory.
+    fn put_object(&mut self, name: u32, start: u64, end: u64, data: Option<usize>, urgent: bool) -> bool {
+        let missing = self.table.missing_of(name, start, end);
+        self.stats.unwanted += (end - start - missing.iter().map(|m| m.1 - m.0).sum::<u64>()) / PAGE;
+        let Some(object) = self.objects.get(&name) else { return true };
+        for (a, b) in missing {
+            let mut bytes = vec![0; (b - a) as usize];
+            if let Some(d) = data {
+                self.ring.read(d + (a - start) as usize, &mut bytes);
             }
+            let put = match object.put(a, &bytes) {
+                Ok(put) => put,
+                Err(e) => {
+                    let _ = writeln!(io::stderr(), "shared memory cannot be written: {e}");
+                    std::thread::sleep(Duration::from_millis(5));
+                    return false;
+                }
+            };
+            *(if urgent { &mut self.stats.pulled } else { &mut self.stats.pushed }) += put.pages;
+            self.stats.unwanted += (b - a) / PAGE - put.pages;
+            self.stats.compared += put.compared;
+            self.stats.different += put.different.len() as u64;
+            for at in put.different {
+                let _ = writeln!(io::stderr(), "page {at:#x} of shared memory {name:#x} differs");
+            }
+            self.table.arrived(name, a, b);
         }
+        self.come(name, start, end);
         true
     }
 
@@ -582,6 +716,8 @@ impl Keeper {
                     self.end(p.space);
                     return (true, put);
                 }
+                // Of the ring, which is all there.
+                Some(FillError::Hole) => return (false, put),
                 Some(FillError::Other(errno)) => {
                     // Out of memory, most likely: the task waits, which is what it would do for the page anyway.
                     let _ = writeln!(io::stderr(), "a page cannot be put in place: errno {errno}");
@@ -673,6 +809,7 @@ mod tests {
             assert!(agent.fill(false).unwrap());
             match agent.message::<FromKeeper>().unwrap() {
                 None => std::thread::sleep(Duration::from_millis(1)),
+                Some(FromKeeper::Ready) => {}
                 Some(FromKeeper::Free { .. }) => free += 1,
                 Some(FromKeeper::Drained(stats)) => break assert_eq!((free, stats.pushed), (1, 1)),
                 Some(other) => panic!("{other:?}"),

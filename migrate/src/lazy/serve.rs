@@ -20,6 +20,7 @@ use crate::{
 use migrate_transport::{Link, PageSender};
 use std::{
     collections::HashMap,
+    fs::File,
     io,
     sync::{
         Arc, Mutex, PoisonError,
@@ -47,11 +48,15 @@ pub struct Originals {
 }
 
 impl Originals {
-    /// Of stopped processes: (name of the address space, pid).
-    pub fn open(spaces: &[(u32, i32)]) -> io::Result<Originals> {
-        let readers = spaces.iter().map(|(space, pid)| Ok((*space, Reader::Process(Mem::open(*pid)?))));
+    /// Of stopped processes: (name of the address space, pid), and of shared memory: (its name, a process that maps it, where).
+    pub fn open(spaces: &[(u32, i32)], objects: &[(u32, i32, u64, u64)]) -> io::Result<Originals> {
+        let private = spaces.iter().map(|(space, pid)| Ok((*space, Reader::Process(Mem::open(*pid)?))));
+        let shared = objects.iter().map(|(name, pid, start, end)| {
+            let file = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))?;
+            Ok((*name, Reader::Object(file)))
+        });
         Ok(Originals {
-            readers: readers.collect::<io::Result<_>>()?,
+            readers: private.chain(shared).collect::<io::Result<_>>()?,
         })
     }
 

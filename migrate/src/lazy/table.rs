@@ -7,9 +7,12 @@
 //!
 //! The kernel's events (userfaultfd(2)) change it: a fork copies a space, mremap(2) moves a piece, munmap(2) ends one, and of a range that was dropped
 //! by madvise(2) nothing is missing any more: it reads as zeros, as it would have where the program came from.
+//!
+//! Of shared memory ([`super::object`]) it is the object that misses pages, by their offsets; regions say where which object is mapped. Nothing that a
+//! process does to its own mappings changes what the object misses.
 
 use super::bits::Bits;
-use crate::image::PAGE;
+use crate::{dump::pages::OBJECT_SPACE, image::PAGE};
 use std::collections::{BTreeMap, HashMap};
 
 /// A range of present addresses, and where its first byte was at the source.
@@ -19,17 +22,24 @@ pub struct Region {
     pub start: u64,
     /// Behind the last.
     pub end: u64,
-    /// Name of the address space at the source.
+    /// Name of the address space at the source, or of an object.
     pub name: u32,
-    /// Address of the first byte there.
+    /// Address of the first byte there, or its offset.
     pub origin: u64,
+}
+
+impl Region {
+    /// Whether it is shared memory.
+    pub fn shared(&self) -> bool {
+        self.name >= OBJECT_SPACE
+    }
 }
 
 #[derive(Debug, Clone, Default)]
 struct Space {
     /// By their starts; disjoint.
     regions: BTreeMap<u64, Region>,
-    /// Starts of the regions by name and origin, which are disjoint as well.
+    /// Starts of the regions of private memory by name and origin, which are disjoint as well.
     by_origin: BTreeMap<(u32, u64), u64>,
     missing: Bits,
 }
@@ -37,12 +47,16 @@ struct Space {
 impl Space {
     fn put(&mut self, r: Region) {
         self.regions.insert(r.start, r);
-        self.by_origin.insert((r.name, r.origin), r.start);
+        if !r.shared() {
+            self.by_origin.insert((r.name, r.origin), r.start);
+        }
     }
 
     fn take(&mut self, r: Region) {
         self.regions.remove(&r.start);
-        self.by_origin.remove(&(r.name, r.origin));
+        if !r.shared() {
+            self.by_origin.remove(&(r.name, r.origin));
+        }
     }
 
     /// Regions with memory of a range of the source.
@@ -103,6 +117,8 @@ pub struct Table {
     free: Vec<usize>,
     /// Spaces that have memory of a source's address space.
     by_name: HashMap<u32, Vec<usize>>,
+    /// What objects miss, by offset.
+    objects: BTreeMap<u32, Bits>,
 }
 
 impl Table {
@@ -143,6 +159,42 @@ impl Table {
             self.free.push(space);
         }
         self.by_name.values_mut().for_each(|l| l.retain(|i| *i != space));
+        if self.live().next().is_none() {
+            self.objects.clear();
+        }
+    }
+
+    /// Adds an object with what it misses.
+    pub fn add_object(&mut self, name: u32, missing: impl IntoIterator<Item = (u64, u64)>) {
+        let bits = self.objects.entry(name).or_default();
+        missing.into_iter().for_each(|(a, b)| bits.insert(a, b));
+    }
+
+    /// What an object misses of a range.
+    pub fn missing_of(&self, object: u32, start: u64, end: u64) -> Vec<(u64, u64)> {
+        self.objects
+            .get(&object)
+            .map_or_else(Vec::new, |bits| bits.ranges(start, end).collect())
+    }
+
+    /// Pages of an object are not missing any more.
+    pub fn arrived(&mut self, object: u32, start: u64, end: u64) {
+        if let Some(bits) = self.objects.get_mut(&object) {
+            bits.remove(start, end);
+        }
+    }
+
+    /// The region at an address.
+    pub fn region(&self, space: usize, at: u64) -> Option<&Region> {
+        self.spaces.get(space)?.as_ref()?.region(at)
+    }
+
+    /// Whether a page of the source is missing anywhere.
+    pub fn lacks(&self, name: u32, at: u64) -> bool {
+        match self.objects.get(&name) {
+            Some(bits) => bits.contains(at),
+            None => !self.places(name, at, at + PAGE).is_empty(),
+        }
     }
 
     /// mremap(2) has moved `len` bytes.
@@ -193,11 +245,14 @@ impl Table {
     pub fn wants(&self, space: usize, at: u64) -> Option<(u32, u64)> {
         let s = self.spaces.get(space)?.as_ref()?;
         let page = at & !(PAGE - 1);
-        if !s.missing.contains(page) {
+        let private = s.missing.contains(page);
+        if !private && self.objects.is_empty() {
             return None;
         }
         let r = s.region(page)?;
-        Some((r.name, r.origin + (page - r.start)))
+        let origin = r.origin + (page - r.start);
+        let missing = private || self.objects.get(&r.name).is_some_and(|bits| bits.contains(origin));
+        missing.then_some((r.name, origin))
     }
 
     /// Where the pages of a range of the source are missing now.
@@ -221,7 +276,8 @@ impl Table {
 
     /// Pages that are missing anywhere.
     pub fn missing(&self) -> u64 {
-        self.spaces.iter().flatten().map(|s| s.missing.len()).sum()
+        let private: u64 = self.spaces.iter().flatten().map(|s| s.missing.len()).sum();
+        private + self.objects.values().map(Bits::len).sum::<u64>()
     }
 
     /// Pages that a space misses.
@@ -233,7 +289,7 @@ impl Table {
     pub fn owed(&self) -> Vec<(u32, u64, u64)> {
         let mut by_name: BTreeMap<u32, Bits> = BTreeMap::new();
         for s in self.spaces.iter().flatten() {
-            for r in s.regions.values() {
+            for r in s.regions.values().filter(|r| !r.shared()) {
                 let bits = by_name.entry(r.name).or_default();
                 for (a, b) in s.missing.ranges(r.start, r.end) {
                     bits.insert(a - r.start + r.origin, b - r.start + r.origin);
@@ -242,6 +298,7 @@ impl Table {
         }
         by_name
             .iter()
+            .chain(&self.objects)
             .flat_map(|(name, bits)| bits.all().map(|(a, b)| (*name, a, b)).collect::<Vec<_>>())
             .collect()
     }
@@ -383,6 +440,46 @@ mod tests {
 
     fn step_kind(s: &usize) -> usize {
         s % 2
+    }
+
+    #[test]
+    fn an_object_misses_its_pages_wherever_it_is_mapped() {
+        const NAME: u32 = OBJECT_SPACE + 4;
+        let mut t = Table::default();
+        // Twice in one process, and of another part in a second one.
+        let one = t.add(
+            [region(0, 8, NAME, 0), region(8, 8, 3, 50), region(20, 8, NAME, 0)],
+            [(8 * PAGE, 10 * PAGE)],
+        );
+        let two = t.add([region(100, 4, NAME, 4)], []);
+        t.add_object(NAME, [(2 * PAGE, 6 * PAGE)]);
+        assert_eq!(t.missing(), 6);
+        assert_eq!(t.owed(), [(3, 50 * PAGE, 52 * PAGE), (NAME, 2 * PAGE, 6 * PAGE)]);
+        let wants = |t: &Table, space, page: u64| t.wants(space, page * PAGE + 5).map(|w| w.1 / PAGE);
+        assert_eq!(
+            (wants(&t, one, 2), wants(&t, one, 22), wants(&t, two, 101)),
+            (Some(2), Some(2), Some(5))
+        );
+        assert_eq!((wants(&t, one, 1), wants(&t, two, 102), wants(&t, one, 8)), (None, None, Some(50)));
+        // What a process does to its own mappings is no matter of the object's.
+        t.dropped(one, 20 * PAGE, 28 * PAGE);
+        t.moved(one, 20 * PAGE, 40 * PAGE, 8 * PAGE);
+        t.unmapped(one, 0, 8 * PAGE);
+        assert_eq!((wants(&t, one, 42), wants(&t, one, 22), wants(&t, one, 2)), (Some(2), None, None));
+        let child = t.fork(one);
+        assert_eq!(wants(&t, child, 43), Some(3));
+        assert!(t.lacks(NAME, 2 * PAGE) && t.lacks(3, 50 * PAGE) && !t.lacks(NAME, 6 * PAGE));
+        assert_eq!(t.missing_of(NAME, 0, 4 * PAGE), [(2 * PAGE, 4 * PAGE)]);
+        t.arrived(NAME, 2 * PAGE, 4 * PAGE);
+        assert_eq!(
+            (wants(&t, one, 42), wants(&t, child, 43), wants(&t, two, 100)),
+            (None, None, Some(4))
+        );
+        t.end(one);
+        t.end(child);
+        assert_eq!(t.missing(), 2);
+        t.end(two);
+        assert_eq!(t.missing(), 0, "nobody is left to miss it");
     }
 
     #[test]

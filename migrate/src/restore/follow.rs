@@ -102,6 +102,7 @@ impl Rebuild {
         self.drop_pages(drops)?;
         let live: std::collections::HashSet<u32> = self.names.spaces.iter().chain(&self.names.objects).copied().collect();
         self.written.retain(|name| live.contains(name));
+        self.expected.retain(|name, _| live.contains(name));
         laps.lap("groups and drops");
         laps.log("follow");
         Ok(())
@@ -341,6 +342,9 @@ impl Rebuild {
                     use rustix::fs::FallocateFlags as F;
                     rustix::fs::fallocate(fd, F::PUNCH_HOLE | F::KEEP_SIZE, *start, end - start)
                         .map_err(|e| PilotError::agent("punch a hole")(e.into()))?;
+                    if let Some(expected) = self.expected.get_mut(name) {
+                        expected.remove(*start, end);
+                    }
                 }
             }
         }

@@ -9,6 +9,9 @@
 //! first, with nothing moved, as it does on older kernels, which is what programs are prepared for. Registering them for missing pages instead would send
 //! each first touch of fresh memory to the keeper.
 //!
+//! Shared memory that follows ([`lazy::object`]) has its missing pages made without content, and every mapping of it registered in every process: the
+//! pages that the source announces in rounds ([`Rebuild::expect`]) long before the freeze, others in it.
+//!
 //! Between the moment in which a stale page is dropped and the registration khugepaged could make a huge page of its neighbours and fill the gap with
 //! zeros; so the process has huge pages switched off for that time (PR_SET_THP_DISABLE; registered memory is never collapsed). [`Rebuild::complete`]
 //! gives it back what it had.
@@ -19,8 +22,13 @@ use super::{
     rebuild::Rebuild,
 };
 use crate::{
-    image::Vma,
-    lazy::{self, audit::Watched, keeper::Armed},
+    dump::pages::OBJECT_SPACE,
+    image::{Backing, PAGE, Vma},
+    lazy::{
+        self,
+        audit::Watched,
+        keeper::{Armed, Pending},
+    },
     pages::PageSet,
     sys::{self, uffd::Userfault},
     track::{self, wp_async},
@@ -87,36 +95,100 @@ impl Rebuild {
         }
     }
 
+    /// Makes pages of shared memory, without content, of which the source says that they will follow. Those that are there already stay what they are.
+    pub fn expect(&mut self, ranges: &[Ranges]) -> Result<(), PilotError> {
+        let made = |e| PilotError::agent("make pages of shared memory")(e);
+        for r in ranges {
+            let (o, pages) = self.follows(r)?;
+            let name = self.names.objects[o];
+            let known = self.expected.entry(name).or_default();
+            for &(a, b) in pages.difference(known).ranges() {
+                rustix::fs::fallocate(&self.objects[o], rustix::fs::FallocateFlags::empty(), a, b - a).map_err(|e| made(e.into()))?;
+            }
+            known.extend(&pages);
+        }
+        Ok(())
+    }
+
+    /// Takes out of a list of hashes, which goes by indices, the pages of shared memory that follow: an older version of them may be here.
+    pub fn without_expected(&self, later: &[Ranges], hashes: &mut Vec<(u32, u64, u64)>) {
+        for r in later.iter().filter(|r| r.space >= OBJECT_SPACE) {
+            let Ok((o, pages)) = self.follows(r) else { continue };
+            hashes.retain(|h| h.0 != OBJECT_SPACE + o as u32 || !pages.contains(h.1));
+        }
+    }
+
+    /// The object that ranges are of, which can follow.
+    fn follows(&self, r: &Ranges) -> Result<(usize, PageSet), PilotError> {
+        let bad = || wrong("make pages of shared memory");
+        let pages = PageSet::from_ranges(r.unpack().ok_or_else(bad)?);
+        let o = self.names.objects.iter().position(|n| *n == r.space).ok_or_else(bad)?;
+        let size = self.tree.objects[o].size;
+        let inside = size.is_multiple_of(PAGE) && pages.clip(0, size).bytes() == pages.bytes();
+        if !inside || !lazy::objects(&self.tree).contains(&(o as u32)) {
+            return Err(bad());
+        }
+        Ok((o, pages))
+    }
+
     /// Registers what misses pages. From here on nothing may touch these pages but the keeper. `watch`: for the memory oracle too, which has to know what
     /// the program writes.
-    pub fn arm(&mut self, later: &[Ranges], watch: bool) -> Result<Vec<Armed>, PilotError> {
+    pub fn arm(&mut self, later: &[Ranges], watch: bool) -> Result<(Vec<Armed>, Vec<Pending>), PilotError> {
+        let (shared, private): (Vec<&Ranges>, Vec<&Ranges>) = later.iter().partition(|r| r.space >= OBJECT_SPACE);
+        let mut pending = Vec::new();
+        let mut objects = Vec::new();
+        for r in shared {
+            self.expect(std::slice::from_ref(r))?;
+            let (o, pages) = self.follows(r)?;
+            objects.push(o as u32);
+            let fd = self.objects[o].try_clone().map_err(PilotError::agent("hand over shared memory"))?;
+            pending.push(Pending {
+                fd,
+                name: r.space,
+                size: self.tree.objects[o].size,
+                missing: pages.ranges().to_vec(),
+                expected: watch.then(Vec::new),
+            });
+        }
+        let known = |r: &&Ranges| self.names.spaces.contains(&r.space);
+        if !private.iter().all(known) {
+            return Err(wrong("register missing pages"));
+        }
         let mut out = Vec::new();
-        for r in later {
-            let missing = r.unpack().ok_or_else(|| wrong("register missing pages"))?;
-            let mm = self.names.spaces.iter().position(|n| *n == r.space);
-            let i = self
-                .tree
-                .processes
-                .iter()
-                .position(|p| p.zombie.is_none() && Some(p.mm as usize) == mm)
-                .ok_or_else(|| wrong("register missing pages"))?;
+        for (i, p) in self.tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_none()) {
+            let name = self.names.spaces[p.mm as usize];
+            let vmas = &self.tree.mms[p.mm as usize].vmas;
+            let of = private.iter().find(|r| r.space == name);
+            let missing = of.map_or(Some(Vec::new()), |r| r.unpack());
+            let missing = missing.ok_or_else(|| wrong("register missing pages"))?;
+            let maps = |v: &&Vma| matches!(v.backing, Backing::Object { object, .. } if objects.contains(&object));
+            if missing.is_empty() && !vmas.iter().any(|v| maps(&v)) {
+                continue;
+            }
             let fd = self
                 .userfaults
                 .remove(&self.pids[i])
                 .ok_or_else(|| wrong("register missing pages twice"))?;
-            let vmas = &self.tree.mms[self.tree.processes[i].mm as usize].vmas;
-            let regions = self.register(&fd, vmas, &missing, r.space, watch)?;
+            let mut regions = self.register(&fd, vmas, &missing, name, watch)?;
+            for v in vmas.iter().filter(maps) {
+                let Backing::Object { object, offset, .. } = v.backing else {
+                    continue;
+                };
+                fd.register_shared(v.start, v.end)
+                    .map_err(PilotError::agent(format!("register {:x}-{:x}, which is shared", v.start, v.end)))?;
+                regions.push((v.start, v.end, self.names.objects[object as usize], offset));
+            }
             let open = || Watched::open(self.pids[i]).map_err(PilotError::agent("open its memory"));
-            let watched = watch.then(open).transpose()?.map(|w| (w, Vec::new()));
+            let watched = (watch && !missing.is_empty()).then(open).transpose()?.map(|w| (w, Vec::new()));
             out.push(Armed {
                 fd,
                 regions,
                 missing,
-                name: r.space,
+                name,
                 watched,
             });
         }
-        Ok(out)
+        Ok((out, pending))
     }
 
     fn register(

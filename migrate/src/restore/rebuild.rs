@@ -17,6 +17,7 @@ use crate::{
     image::{Backing, FileId, Kind, Mm, Process, Tree, Vdso, Vma},
     inject,
     laps::Laps,
+    pages::PageSet,
     procfs::{
         self, maps, stat, status,
         timens::{self, Offsets},
@@ -89,6 +90,8 @@ pub struct Rebuild {
     procfs_set: HashMap<i32, (i16, u32)>,
     /// By the agent's pids, when pages may follow.
     pub(super) userfaults: HashMap<i32, Userfault>,
+    /// Pages of shared memory that were made because they are going to follow, by the object's name.
+    pub(super) expected: HashMap<u32, PageSet>,
     /// Huge pages are switched off until the release.
     pub(super) huge_pages_off: bool,
 }
@@ -196,6 +199,7 @@ impl Rebuild {
             fresh: pids == Pids::Fresh,
             procfs_set: HashMap::new(),
             userfaults: HashMap::new(),
+            expected: HashMap::new(),
             huge_pages_off: false,
         };
         r.root(theirs)?;

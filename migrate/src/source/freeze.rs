@@ -4,7 +4,7 @@ use super::{interrupted, inventory, rounds::Rounds};
 use crate::{
     blocker::Blocker,
     dump::{self, mm::Cache, pages, tree::DumpError},
-    image::{Host, Tree, Vma},
+    image::{Backing, Host, Tree, Vma},
     inject::{InjectError, Injector},
     lazy::{self, serve::Originals},
     pages::PageSet,
@@ -377,6 +377,25 @@ impl Snapshot {
         self.later.iter().filter_map(|p| pid(p.space)).collect()
     }
 
+    /// The shared memory whose pages follow: (its name, a process that maps it, where).
+    pub fn objects_later(&self) -> Vec<(u32, i32, u64, u64)> {
+        let mapped = |name: u32| {
+            let o = self.names.objects.iter().position(|n| *n == name)? as u32;
+            let live = self.tree.processes.iter().zip(&self.pids).filter(|(p, _)| p.zombie.is_none());
+            live.flat_map(|(p, pid)| {
+                self.tree
+                    .mms
+                    .get(p.mm as usize)
+                    .into_iter()
+                    .flat_map(|m| &m.vmas)
+                    .map(move |v| (v, *pid))
+            })
+            .find(|(v, _)| matches!(v.backing, Backing::Object { object, .. } if object == o))
+            .map(|(v, pid)| (name, pid, v.start, v.end))
+        };
+        self.later.iter().filter_map(|p| mapped(p.space)).collect()
+    }
+
     /// What reads the pages that follow.
     pub fn originals(&self) -> io::Result<Originals> {
         let readers = self.later.iter().map(|p| Ok((p.space, open_reader(p.space, self)?)));
@@ -389,19 +408,22 @@ impl Snapshot {
     pub fn without_later(&self, hashes: &mut Vec<(u32, u64, u64)>) -> Vec<(u32, u64, u64)> {
         let mut out = Vec::new();
         for plan in &self.later {
-            let Some(mm) = self.names.spaces.iter().position(|n| *n == plan.space) else {
+            let at = |names: &[u32]| names.iter().position(|n| *n == plan.space).map(|i| i as u32);
+            let object = at(&self.names.objects).map(|o| pages::OBJECT_SPACE + o);
+            let Some(index) = at(&self.names.spaces).or(object) else {
                 continue;
             };
             let set = PageSet::from_ranges(plan.ranges.iter().copied());
-            let follow = hashes.extract_if(.., |h| h.0 as usize == mm && set.contains(h.1));
+            let follow = hashes.extract_if(.., |h| h.0 == index && set.contains(h.1));
             out.extend(follow.map(|h| (plan.space, h.1, h.2)));
         }
         out
     }
 
-    /// Takes out of the pages to send those that can follow after the resume, beyond `budget` bytes; what the destination holds of them goes.
-    pub fn put_off(&mut self, budget: u64) -> io::Result<()> {
-        let split = lazy::split(&self.tree, &self.names, std::mem::take(&mut self.plans), budget);
+    /// Takes out of the pages to send those that can follow after the resume, beyond `budget` bytes; what the destination holds of them goes. `shared`: the
+    /// destination can let shared memory follow.
+    pub fn put_off(&mut self, budget: u64, shared: bool) -> io::Result<()> {
+        let split = lazy::split(&self.tree, &self.names, std::mem::take(&mut self.plans), budget, shared);
         for plan in &split.later {
             let held = self.held.iter().filter(|(space, _)| *space == plan.space);
             let later = PageSet::from_ranges(plan.ranges.iter().copied());

@@ -213,13 +213,14 @@ pub async fn send<C: Connector>(
         },
         () = cancel.cancelled() => return Err(interrupted(pid)),
     };
-    match answer {
+    let shared_follows = match answer {
         Message::Accept(a) => {
             if a.fresh_pids {
                 events(Event::Note {
                     text: "some of the tree's pids are taken there: it gets a pid namespace of its own".into(),
                 });
             }
+            a.shared_follows
         }
         Message::Refuse(blockers) => {
             return Err(Failure::refused(
@@ -235,7 +236,7 @@ pub async fn send<C: Connector>(
                 other.name()
             ))));
         }
-    }
+    };
     let mut faults = None;
     if lazy && !options.dry_run {
         // Now, so that no handshake is waited for when a task waits for a page.
@@ -257,7 +258,7 @@ pub async fn send<C: Connector>(
         let before = start.elapsed();
         // For post-copy the sample is only to say how much will follow.
         let sampled = kind.or_else(|| lazy.then(|| track::choose(options.tracker).ok()).flatten());
-        let rounds = sampled.map(|kind| Rounds::new(pid, Some(kind), false, &inv, cache)).transpose();
+        let rounds = sampled.map(|kind| Rounds::new(pid, Some(kind), None, &inv, cache)).transpose();
         let basis = Basis {
             counts: &counts,
             options: &options,
@@ -291,11 +292,12 @@ pub async fn send<C: Connector>(
         background: Background::new(),
         awake: None,
         fixed: Fixed::new(&counts, link.rtt()),
+        shared_follows,
     };
     let tracked = match options.mode {
         Mode::PreCopy | Mode::Hybrid | Mode::PostCopy => {
-            let rounds =
-                Rounds::new(pid, kind, options.mode == Mode::PostCopy, &inv, cache).map_err(|e| Failure::failed("pre-copy", pid, e))?;
+            let following = (options.mode == Mode::PostCopy).then_some(shared_follows);
+            let rounds = Rounds::new(pid, kind, following, &inv, cache).map_err(|e| Failure::failed("pre-copy", pid, e))?;
             Some(Arc::new(Mutex::new(rounds)))
         }
         Mode::Stop => None,
@@ -307,7 +309,7 @@ pub async fn send<C: Connector>(
             let t_transfer = Instant::now();
             // Written while the pages are on their way. It says nothing untrue yet: whoever asks because of it hears that the copy was never resumed.
             let (dir, id, pids, peer) = (state_dir.clone(), id.clone(), snap.pids.clone(), connector.name());
-            let spaces = snap.spaces_later();
+            let (spaces, objects) = (snap.spaces_later(), snap.objects_later());
             journal = Some(tokio::task::spawn_blocking(move || {
                 let entry = Entry {
                     id,
@@ -318,6 +320,7 @@ pub async fn send<C: Connector>(
                     since: misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000,
                     boot_id: journal::boot_id(),
                     spaces,
+                    objects,
                 };
                 Journal::create(&dir, &entry).map(|j| (j, entry))
             }));

@@ -59,6 +59,11 @@ pub struct Changed {
 }
 
 impl Contents {
+    /// Whether anything of an object was sent, or is going to be.
+    pub fn knows(&self, name: u32) -> bool {
+        self.sent.contains_key(&name)
+    }
+
     /// Forgets an object.
     pub fn forget(&mut self, name: u32) {
         self.sent.remove(&name);

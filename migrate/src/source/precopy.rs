@@ -55,6 +55,8 @@ pub struct Job<'a> {
     pub awake: Option<Awake>,
     /// What a freeze costs beside what it has to send.
     pub fixed: Fixed,
+    /// The destination can let shared memory follow.
+    pub shared_follows: bool,
 }
 
 impl Job<'_> {
@@ -104,7 +106,7 @@ impl Job<'_> {
             match freeze_now(self.tracer, self.pid, &self.host, tracked.cloned()).await? {
                 Ok(mut s) => {
                     if self.budget() < u64::MAX {
-                        s.put_off(self.budget())
+                        s.put_off(self.budget(), self.shared_follows)
                             .map_err(|e| Failure::failed("freeze", self.pid, format!("cannot read the page tables: {e}")))?;
                     }
                     return Ok(s);

@@ -31,12 +31,14 @@ use crate::{
     sys::mem::Mem,
     tracer::Frozen,
     track::{self, TrackError, Tracker, shared::SharedMemory, soft_dirty::SoftDirty},
+    wire::Ranges,
 };
 use std::{
     borrow::Cow,
     collections::{HashMap, HashSet},
     fs::File,
     io,
+    os::fd::AsFd,
     time::{Duration, Instant},
 };
 
@@ -123,6 +125,8 @@ pub struct Prepared {
     pub drops: Vec<(u32, u64, u64)>,
     /// Pages to send, and what reads them.
     pub plans: Vec<(SpacePlan, Reader)>,
+    /// Pages of objects that are going to follow, of which the destination was not told.
+    pub expect: Vec<Ranges>,
     /// Of these, what the destination did not hold before, by names of address spaces.
     new: Vec<(u32, PageSet)>,
     /// Bytes of memory that are dirty now: W.
@@ -150,6 +154,7 @@ impl Prepared {
             names: Names::default(),
             drops: Vec::new(),
             plans: Vec::new(),
+            expect: Vec::new(),
             new: Vec::new(),
             dirty: 0,
             hot: 0,
@@ -198,13 +203,17 @@ pub struct Tracks {
     drops: Vec<(u32, u64, u64)>,
     /// Pages that can follow are not sent in rounds; and in the freeze they are not looked for where they are not tracked.
     lazy: bool,
+    /// The destination can let shared memory follow.
+    shared_follows: bool,
+    /// Then: objects of which nothing is sent in rounds, by name, and what the destination was told to expect of them.
+    follows: HashMap<u32, PageSet>,
     /// Objects of the inventory that nothing maps: only descriptors lead to them.
     unmapped: Vec<((u64, u64), crate::image::Object, File)>,
 }
 
 impl Rounds {
-    /// Starts from the inventory. `lazy`: pages that can follow are going to. `cache`: what the inventory has learnt.
-    pub fn new(root: i32, kind: Option<track::Kind>, lazy: bool, inventory: &Dumped, mut cache: Cache) -> io::Result<Rounds> {
+    /// Starts from the inventory. `lazy`: pages that can follow are going to; those of shared memory too? `cache`: what the inventory has learnt.
+    pub fn new(root: i32, kind: Option<track::Kind>, lazy: Option<bool>, inventory: &Dumped, mut cache: Cache) -> io::Result<Rounds> {
         cache.tracked = kind.is_some();
         let mapped = mapped_objects(&inventory.tree);
         let mut unmapped = Vec::new();
@@ -234,7 +243,9 @@ impl Rounds {
                 told: None,
                 before: None,
                 drops: Vec::new(),
-                lazy,
+                lazy: lazy.is_some(),
+                shared_follows: lazy == Some(true),
+                follows: HashMap::new(),
                 unmapped,
             },
         })
@@ -358,8 +369,9 @@ impl Rounds {
         p.stopped += frozen.as_ref().map_or(Duration::ZERO, |f| f.since.elapsed());
         drop(frozen);
         laps.lap("thaw");
+        let follows = self.tracks.expect(&d, &mut p)?;
         if self.kind.is_some() {
-            self.tracks.objects(&d, &mut p)?;
+            self.tracks.objects(&d, &mut p, &follows)?;
         }
         laps.lap("objects");
         laps.log("look");
@@ -440,6 +452,10 @@ impl Rounds {
                 // Ended meanwhile, most likely.
                 Err(e) => tracing::debug!(pid = group[0], error = %e, "not tracked"),
             }
+        }
+        if self.tracks.lazy {
+            // Shared memory is not sent in rounds but for a little.
+            return untracked;
         }
         let Some(listener) = self.tracks.shared.listen(&d.tree) else {
             return untracked;
@@ -709,11 +725,44 @@ impl Tracks {
         }
     }
 
-    /// Shared memory of a running tree.
-    fn objects(&mut self, d: &Dumped, out: &mut Prepared) -> io::Result<()> {
+    /// The objects of which nothing is sent before the resume, by name: those that can follow, and of which nothing was sent before that was known.
+    fn following(&mut self, tree: &Tree, names: &Names) -> HashSet<u32> {
+        if !self.shared_follows {
+            return HashSet::new();
+        }
+        let all = lazy::objects(tree)
+            .into_iter()
+            .filter_map(|o| names.objects.get(o as usize).copied());
+        let contents = self.shared.contents();
+        let all: HashSet<u32> = all.filter(|name| !contents.knows(*name)).collect();
+        for name in &all {
+            self.follows.entry(*name).or_default();
+        }
+        all
+    }
+
+    /// Tells the destination what is going to follow of objects: making so many pages takes longer than a freeze.
+    fn expect(&mut self, d: &Dumped, out: &mut Prepared) -> io::Result<HashSet<u32>> {
+        let all = self.following(&d.tree, &out.names);
+        for ((o, fd), name) in d.tree.objects.iter().zip(&d.object_fds).zip(&out.names.objects) {
+            let Some(told) = self.follows.get_mut(name).filter(|_| all.contains(name)) else {
+                continue;
+            };
+            let now = PageSet::from_ranges(pages::data(fd.as_fd(), o.size)?);
+            let new = now.difference(told);
+            if !new.is_empty() {
+                out.expect.push(Ranges::pack(*name, new.ranges()));
+                told.extend(&new);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Shared memory of a running tree, without what follows.
+    fn objects(&mut self, d: &Dumped, out: &mut Prepared, follows: &HashSet<u32>) -> io::Result<()> {
         let began = Instant::now();
         let files = files(d)?;
-        let (changes, compared) = self.shared.changed(&d.tree, &out.names, &files)?;
+        let (changes, compared) = self.shared.changed(&d.tree, &out.names, &files, follows)?;
         out.compared = compared;
         if compared > 0 {
             // So it will be in the freeze, unless something changes.
@@ -792,7 +841,16 @@ impl Tracks {
             out.guards[p.mm as usize] = Last::ranges(&all_guards);
             out.plans.push(plan(names.spaces[p.mm as usize], &whole, &mm.vmas));
         }
-        let (changes, compared) = self.shared.changed(&d.tree, &names, &files(d)?)?;
+        let follows = self.following(&d.tree, &names);
+        for ((o, fd), name) in d.tree.objects.iter().zip(&d.object_fds).zip(&names.objects) {
+            if follows.contains(name) {
+                out.plans.push(SpacePlan {
+                    space: *name,
+                    ranges: pages::data(fd.as_fd(), o.size)?,
+                });
+            }
+        }
+        let (changes, compared) = self.shared.changed(&d.tree, &names, &files(d)?, &follows)?;
         out.compared = compared;
         for (name, changed) in changes {
             out.drops.extend(changed.gone.ranges().iter().map(|r| (name, r.0, r.1)));

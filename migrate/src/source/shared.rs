@@ -193,8 +193,15 @@ impl Shared {
         out
     }
 
-    /// How the objects of a tree differ from what was sent of them, by their names, and how many bytes were compared for that.
-    pub fn changed(&mut self, tree: &Tree, names: &Names, files: &[File]) -> io::Result<(Vec<(u32, Changed)>, u64)> {
+    /// How the objects of a tree differ from what was sent of them, by their names, and how many bytes were compared for that. `without`: names of objects
+    /// that nothing is sent of.
+    pub fn changed(
+        &mut self,
+        tree: &Tree,
+        names: &Names,
+        files: &[File],
+        without: &HashSet<u32>,
+    ) -> io::Result<(Vec<(u32, Changed)>, u64)> {
         let mut out = Vec::new();
         let mut compared = 0;
         let mut mappers = self.mappers(tree, names);
@@ -206,6 +213,10 @@ impl Shared {
         self.now.complete &= children == 0 && !self.given_up;
         let trusted = self.last.complete && self.now.complete && births == self.last.births;
         for ((o, file), name) in tree.objects.iter().zip(files).zip(&names.objects) {
+            if without.contains(name) {
+                out.push((*name, Changed::default()));
+                continue;
+            }
             let mut touched = None;
             if let Some((mut who, written)) = mappers.remove(name) {
                 // The frozen tree's processes may be in another order.
@@ -310,7 +321,7 @@ mod tests {
 
         fn finish(&mut self, (tree, names): &(Tree, Names)) -> (u64, Vec<u64>) {
             let file = [self.file.try_clone().unwrap()];
-            let (changes, compared) = self.shared.changed(tree, names, &file).unwrap();
+            let (changes, compared) = self.shared.changed(tree, names, &file, &HashSet::new()).unwrap();
             let ranges = changes[0].1.dirty.ranges();
             let pages: Vec<u64> = ranges.iter().flat_map(|r| (r.0..r.1).step_by(4096)).collect();
             let mut page = [0; 4096];

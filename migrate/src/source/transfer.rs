@@ -64,6 +64,7 @@ pub async fn round<L: Link>(
         tree: p.tree,
         names: p.names,
         drops: p.drops,
+        expect: p.expect,
         bytes: total,
     };
     wire::send(link, &Message::Round(Box::new(begin))).await?;

@@ -13,6 +13,10 @@ use std::{
 pub const WP_ASYNC: u64 = 1 << 15;
 /// UFFD_FEATURE_WP_HUGETLBFS_SHMEM.
 const WP_SHMEM: u64 = 1 << 12;
+/// UFFD_FEATURE_SIGBUS: a fault on a missing page is an error, nobody is asked.
+const SIGBUS: u64 = 1 << 7;
+/// UFFD_FEATURE_MINOR_SHMEM: shared memory tells of pages that are there and not mapped yet (Linux 5.14).
+const MINOR_SHMEM: u64 = 1 << 10;
 /// UFFD_USER_MODE_ONLY: allowed without privileges; asynchronous write protection never asks anybody, so nothing is lost by it.
 pub const USER_MODE_ONLY: u64 = 1;
 
@@ -63,6 +67,12 @@ pub fn missing_works() -> io::Result<()> {
     agree(&create()?, EVENTS).map(drop)
 }
 
+/// Whether tasks can be made to wait for the content of shared memory: see [`crate::lazy::object`].
+pub fn minor_works() -> bool {
+    static WORKS: OnceLock<bool> = OnceLock::new();
+    *WORKS.get_or_init(|| features().is_ok_and(|has| has & MINOR_SHMEM != 0))
+}
+
 #[repr(C)]
 struct Register {
     start: u64,
@@ -75,18 +85,21 @@ const _: () = assert!(size_of::<Register>() == 32);
 const UFFDIO_REGISTER: u64 = 3 << 30 | 32 << 16 | 0xaa << 8;
 const MODE_MISSING: u64 = 1;
 const MODE_WP: u64 = 2;
+const MODE_MINOR: u64 = 4;
 
 /// UFFD_FEATURE_EVENT_FORK.
 const EVENT_FORK: u64 = 1 << 1;
 /// UFFD_FEATURE_EVENT_REMOVE.
 const EVENT_REMOVE: u64 = 1 << 3;
 /// What a copy's userfaultfd needs: every event that moves memory about, and missing pages of shared memory.
-const EVENTS: u64 = EVENT_FORK | 1 << 2 | EVENT_REMOVE | 1 << 5 | 1 << 6;
+const EVENTS: u64 = EVENT_FORK | 1 << 2 | EVENT_REMOVE | MISSING_SHMEM | 1 << 6;
+/// UFFD_FEATURE_MISSING_SHMEM.
+const MISSING_SHMEM: u64 = 1 << 5;
 
-/// [`EVENTS`], and asynchronous write protection where there is any: it does nothing to what is not registered for it.
+/// [`EVENTS`], and asynchronous write protection and minor faults where there are any: they do nothing to what is not registered for them.
 fn missing_features() -> u64 {
     static ALSO: OnceLock<u64> = OnceLock::new();
-    EVENTS | ALSO.get_or_init(|| features().unwrap_or(0) & (WP_ASYNC | WP_SHMEM))
+    EVENTS | ALSO.get_or_init(|| features().unwrap_or(0) & (WP_ASYNC | WP_SHMEM | MINOR_SHMEM))
 }
 
 #[repr(C)]
@@ -113,6 +126,16 @@ struct Zeropage {
 const UFFDIO_ZEROPAGE: u64 = 3 << 30 | 32 << 16 | 0xaa << 8 | 0x04;
 
 #[repr(C)]
+struct Continue {
+    start: u64,
+    len: u64,
+    mode: u64,
+    mapped: i64,
+}
+// _IOWR(0xAA, 0x07, struct uffdio_continue)
+const UFFDIO_CONTINUE: u64 = 3 << 30 | 32 << 16 | 0xaa << 8 | 0x07;
+
+#[repr(C)]
 struct Writeprotect {
     start: u64,
     len: u64,
@@ -136,6 +159,8 @@ pub enum Message {
     Fault {
         /// Page aligned.
         address: u64,
+        /// The page is there, and not mapped yet: [`Userfault::register_shared`].
+        minor: bool,
     },
     /// The process has forked; the child's own userfaultfd.
     Fork(Userfault),
@@ -175,6 +200,8 @@ pub enum FillError {
     NoMapping,
     /// ESRCH: the address space is no more.
     Gone,
+    /// EFAULT: the page to be mapped is not there.
+    Hole,
     /// Something else, by its errno: ENOMEM above all.
     Other(i32),
 }
@@ -186,6 +213,7 @@ impl FillError {
             libc::EEXIST => FillError::There,
             libc::ENOENT => FillError::NoMapping,
             libc::ESRCH => FillError::Gone,
+            libc::EFAULT => FillError::Hole,
             e => FillError::Other(e),
         }
     }
@@ -246,6 +274,21 @@ impl Userfault {
         self.register_with(start, end, MODE_MISSING | if watch { MODE_WP } else { 0 })
     }
 
+    /// Registers a mapping of shared memory: for missing pages, and for those that are there and not mapped. EPERM as above.
+    pub fn register_shared(&self, start: u64, end: u64) -> io::Result<()> {
+        self.register_with(start, end, MODE_MISSING | MODE_MINOR)
+    }
+
+    /// A userfaultfd of this process for memory of its own, in which a missing page is an error to whoever touches it (EFAULT in system calls, SIGBUS
+    /// else), and not made.
+    pub fn refusing(start: u64, end: u64) -> io::Result<Userfault> {
+        let fd = create()?;
+        agree(&fd, SIGBUS | MISSING_SHMEM)?;
+        let fd = Userfault { fd };
+        fd.register_with(start, end, MODE_MISSING)?;
+        Ok(fd)
+    }
+
     fn register_with(&self, start: u64, end: u64, mode: u64) -> io::Result<()> {
         let mut r = Register {
             start,
@@ -303,6 +346,19 @@ impl Userfault {
         outcome(r, z.done, len)
     }
 
+    /// Maps pages of shared memory that are there, and wakes who waits for them.
+    pub fn proceed(&self, start: u64, len: u64) -> (u64, Option<FillError>) {
+        let mut c = Continue {
+            start,
+            len,
+            mode: 0,
+            mapped: 0,
+        };
+        // SAFETY: `c` outlives the call.
+        let r = super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_CONTINUE, &raw mut c) } as i64);
+        outcome(r, c.mapped, len)
+    }
+
     /// Lets tasks that wait for pages of a range look again.
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut r = Range { start, len };
@@ -353,7 +409,11 @@ fn outcome(r: io::Result<i64>, done: i64, len: u64) -> (u64, Option<FillError>) 
 
 fn message(m: [u64; 4]) -> io::Result<Message> {
     Ok(match m[0] as u8 {
-        0x12 => Message::Fault { address: m[2] & !0xfff },
+        // UFFD_PAGEFAULT_FLAG_MINOR.
+        0x12 => Message::Fault {
+            address: m[2] & !0xfff,
+            minor: m[1] & 4 != 0,
+        },
         // SAFETY: the kernel has just made this descriptor for us.
         0x13 => Message::Fork(Userfault::from_fd(unsafe { OwnedFd::from_raw_fd(m[1] as i32) })),
         0x14 => Message::Remap {

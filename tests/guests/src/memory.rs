@@ -130,12 +130,18 @@ impl Versions {
 }
 
 /// `--mib N` of random pages, checked one at a time as it beats; `--dirty N` rewrites that many pages between beats, `--rate N` so many megabytes a
-/// second, at random addresses; `--shared 1`: the memory is shared, though nobody shares it.
+/// second, at random addresses; `--shared 1`: the memory is shared, though nobody shares it; `--memfd 1`: it is that of a memfd, which stays open.
 pub fn ballast(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     let pages = options.number("mib", 64) as usize * MIB / PAGE;
     let dirty = options.number("dirty", 0) as usize;
     let kind = [libc::MAP_PRIVATE, libc::MAP_SHARED][usize::from(options.number("shared", 0) != 0)];
-    let area = Area::map(pages * PAGE, libc::PROT_READ | libc::PROT_WRITE, kind | libc::MAP_ANONYMOUS, -1, 0)?;
+    let (mut kind, mut fd) = (kind | libc::MAP_ANONYMOUS, -1);
+    if options.number("memfd", 0) != 0 {
+        fd = sys!(memfd_create(c"ballast".as_ptr(), libc::MFD_CLOEXEC))?;
+        sys!(ftruncate(fd, (pages * PAGE) as i64))?;
+        kind = libc::MAP_SHARED;
+    }
+    let area = Area::map(pages * PAGE, libc::PROT_READ | libc::PROT_WRITE, kind, fd, 0)?;
     let zero = options.number("zero", 0) != 0;
     for page in 0..pages {
         if zero {

@@ -22,6 +22,8 @@ pub fn kind(name: &str, kit: &mut Kit) -> Option<io::Result<Trap>> {
         "written-by-workers" => written_by_workers(),
         "written-by-a-child" => written_by_another(kit, false),
         "written-from-outside" => written_by_another(kit, true),
+        "shared-in-every-way" => in_every_way(),
+        "doubled" => doubled(),
         "other-backing" => other_backing(kit),
         "userfaultfd" => userfaultfd(),
         _ => return None,
@@ -234,6 +236,105 @@ fn written_by_workers() -> io::Result<Trap> {
         look_at(&lanes, kit, call, &mut numbers);
         own.look(kit, "shared memory beside workers", call, &mut numbers);
         workers.iter().try_for_each(|child| still_writes(kit, *child))
+    }))
+}
+
+/// A lot of shared anonymous memory, and whatever can be done to it by a process and its children: dropped from page tables, dropped for all, moved away and back,
+/// locked, faulted in, without the right to write.
+fn in_every_way() -> io::Result<Trap> {
+    const PAGES: usize = 6144;
+    const MADV_POPULATE_WRITE: i32 = 23;
+    let mut patch = Patch::filled(PAGES, SHARED)?;
+    let spare = map_at(0, 64, PRIVATE, -1)?;
+    let mut numbers = Numbers::new(37);
+    let mut turn = 0_u64;
+    let go = |from: usize, pages: usize, to: usize| {
+        let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        sys!(mremap(super::pointer(from), pages * PAGE, pages * PAGE, how, super::pointer(to))).map(drop)
+    };
+    Ok(Box::new(move |kit, call| {
+        if call == Call::Step {
+            turn += 1;
+            let (first, n) = (below(&mut numbers, PAGES - 64), 1 + below(&mut numbers, 32));
+            match turn % 8 {
+                // Still there for all.
+                0 => patch.advise(first, n, libc::MADV_DONTNEED)?,
+                1 if turn % 24 == 1 => {
+                    patch.advise(first, n, libc::MADV_REMOVE)?;
+                    patch.pages[first..first + n].fill(Page::Zero);
+                    patch.write(first);
+                }
+                2 => {
+                    go(patch.address(first), n, spare)?;
+                    let mut away = Patch::at(spare, n, Page::Zero);
+                    away.pages.copy_from_slice(&patch.pages[first..first + n]);
+                    away.check(kit, "shared memory at another place", n / 2);
+                    go(spare, n, patch.address(first))?;
+                    map_at(spare, 64, PRIVATE, -1)?;
+                }
+                3 => {
+                    let page = below(&mut numbers, PAGES);
+                    let seed = super::SEED.fetch_add(1, Ordering::Relaxed);
+                    let child = sys!(fork())?;
+                    if child == 0 {
+                        let well = (0..8).all(|_| {
+                            let page = below(&mut numbers, PAGES);
+                            match patch.pages[page] {
+                                Page::Seed(seed) => holds(patch.address(page), seed),
+                                _ => is_zero(patch.address(page)),
+                            }
+                        });
+                        fill(patch.address(page), seed);
+                        sys0!(_exit(i32::from(!well)));
+                    }
+                    let mut status = 0;
+                    sys!(waitpid(child, &raw mut status, 0))?;
+                    kit.equal("what a child says of shared memory", status, 0);
+                    patch.pages[page] = Page::Seed(seed);
+                }
+                4 => {
+                    let from = super::pointer(patch.address(first));
+                    if sys0!(mlock(from, n * PAGE)) == 0 {
+                        sys!(munlock(from, n * PAGE))?;
+                    }
+                }
+                5 => {
+                    patch.protect(first, n, READ)?;
+                    patch.check(kit, "shared memory without the right to write", first);
+                    patch.protect(first, n, BOTH)?;
+                }
+                6 => drop(patch.advise(first, n, MADV_POPULATE_WRITE)),
+                _ => patch.write(below(&mut numbers, PAGES)),
+            }
+            patch.check(kit, "shared memory that was just treated", first);
+        }
+        patch.look(kit, "shared memory", call, &mut numbers);
+        Ok(())
+    }))
+}
+
+/// Shared memory of which mremap(2) makes a second mapping now and then, without telling anybody.
+fn doubled() -> io::Result<Trap> {
+    const PAGES: usize = 6144;
+    let mut patch = Patch::filled(PAGES, SHARED)?;
+    let mut numbers = Numbers::new(38);
+    let mut turn = 0_u64;
+    Ok(Box::new(move |kit, call| {
+        turn += 1;
+        if call == Call::Step && turn % 64 == 40 {
+            let (first, n) = (below(&mut numbers, PAGES - 64), 1 + below(&mut numbers, 32));
+            let from = super::pointer(patch.address(first));
+            let second = sys!(mremap(from, 0, n * PAGE, libc::MREMAP_MAYMOVE))? as usize;
+            let mut second = Patch::at(second, n, Page::Zero);
+            second.pages.copy_from_slice(&patch.pages[first..first + n]);
+            second.check_all(kit, "the second mapping of shared memory");
+            second.write(n / 2);
+            patch.pages[first + n / 2] = second.pages[n / 2];
+            unmap(second.at, n)?;
+        }
+        patch.write(below(&mut numbers, PAGES));
+        patch.look(kit, "shared memory that is mapped twice now and then", call, &mut numbers);
+        Ok(())
     }))
 }
 
