@@ -111,6 +111,9 @@ pub struct Receive {
     /// What replaces a terminal or pipe that led out of the tree: our own streams, /dev/null, or a file to append to
     #[arg(long, value_name = "inherit|null|FILE", default_value = "inherit", value_parser = parse::stdio)]
     pub stdio: Stdio,
+    /// Longest wait, up to the resume, for another host that is there and does not go on
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = parse::duration)]
+    pub peer_timeout: Duration,
     #[command(flatten)]
     pub json: Json,
 }
@@ -144,6 +147,9 @@ pub struct Send {
     /// Most that is sent, as in 100MB/s or 1Gbit/s [default: no limit]
     #[arg(long, value_name = "LIMIT", value_parser = parse::rate)]
     pub bandwidth: Option<u64>,
+    /// Longest wait, up to the resume, for another host that is there and does not go on
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = parse::duration)]
+    pub peer_timeout: Duration,
     /// Leave the original running too: two copies, from then on apart
     #[arg(long)]
     pub leave_running: bool,

@@ -37,7 +37,9 @@ pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
             ticket = now;
         }
         let (events, busy) = watched(context.progress.events());
-        let result = receiver.next(stdio.clone(), events, context.cancel.clone()).await;
+        let result = receiver
+            .next(stdio.clone(), events, context.cancel.clone(), arguments.peer_timeout)
+            .await;
         let idle = !busy.load(Ordering::Relaxed);
         match result {
             Ok(report) => {
@@ -49,7 +51,7 @@ pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
             // Nobody was being served: an end like any other, unless a migration was asked for.
             Err(_) if context.cancel.is_cancelled() && idle && !arguments.once => return Ok(report::DONE),
             // What does not come from a migration will not pass by itself.
-            Err(failure) if idle => return Err(failure.into()),
+            Err(failure) if failure.phase == "listen" => return Err(failure.into()),
             Err(failure) => {
                 let code = report::failure(context, &failure, Stake::AtSender);
                 if arguments.once {

@@ -21,6 +21,7 @@ pub async fn run(arguments: Send, context: &Context) -> anyhow::Result<u8> {
         bandwidth: arguments.bandwidth,
         leave_running: arguments.leave_running,
         dry_run: arguments.dry_run,
+        peer_timeout: arguments.peer_timeout,
     };
     let _interrupts = interrupt::watch(
         context,

@@ -16,6 +16,7 @@ use crate::{
     },
     oracle,
     pages::PageSet,
+    patient::Patient,
     preflight,
     report::{Downtime, Event, Events, Failure, Report, Round, Stdio},
     restore::{
@@ -39,9 +40,6 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// How long the source may take between two messages before the freeze.
-const PATIENCE: Duration = Duration::from_secs(120);
-
 /// How a served connection ended.
 #[derive(Debug)]
 pub enum Served {
@@ -54,7 +52,7 @@ pub enum Served {
 /// Pages that arrive while the rest is built, at most: more would take so long that timers of the copy went off before it runs.
 const MEANWHILE: u64 = 16 << 20;
 
-/// Serves one authenticated connection to its end.
+/// Serves one authenticated connection to its end. `patience`: how long the source may be there without going on, up to the resume.
 pub async fn serve<L: Link>(
     mut link: L,
     stdio: Stdio,
@@ -62,11 +60,12 @@ pub async fn serve<L: Link>(
     events: Events,
     cancel: CancellationToken,
     hub: Arc<Hub<L>>,
+    patience: Duration,
 ) -> Result<Served, Failure> {
     let start = Instant::now();
     let lost = |phase: &'static str| move |e: WireError| Failure::failed(phase, 0, format!("{e}; nothing was started here"));
     let first = tokio::select! {
-        m = tokio::time::timeout(PATIENCE, wire::recv(&mut link)) => match m {
+        m = tokio::time::timeout(patience, wire::recv(&mut link)) => match m {
             Ok(m) => m.map_err(lost("inventory"))?,
             Err(_) => return Err(Failure::failed("inventory", 0, "the source says nothing")),
         },
@@ -89,6 +88,7 @@ pub async fn serve<L: Link>(
             ))));
         }
     };
+    let mut link = Patient::new(link, patience);
     events(Event::Phase { phase: "preflight" });
     if !journal::valid_id(&inv.id) {
         return Err(lost("inventory")(WireError::Protocol("an id that is none".into())));
@@ -241,7 +241,7 @@ pub async fn serve<L: Link>(
         events(Event::Phase { phase: "drain" });
         let lost = |e: String| Failure::failed("drain", pid, e);
         let drain = Drain::new(keeper, links).map_err(|e| lost(e.to_string()))?;
-        let (drained, left) = tokio::join!(drain.run(Some(link), &events, &cancel), cleaning);
+        let (drained, left) = tokio::join!(drain.run(Some(link.into_inner()), &events, &cancel), cleaning);
         let drained = drained.map_err(lost)?;
         if drained.heard {
             let _ = journal.remove();
@@ -489,10 +489,7 @@ async fn rounds_and_state<L: Link>(
     let mut shown = None;
     let mut background = Background::new();
     loop {
-        let message = match tokio::time::timeout(PATIENCE, wire::recv(link)).await {
-            Ok(m) => m.map_err(|e| text(&e))?,
-            Err(_) => return Err("the source says nothing".into()),
-        };
+        let message = wire::recv(link).await.map_err(|e| text(&e))?;
         let start = match message {
             Message::Round(r) => *r,
             Message::State(state) => {
@@ -616,11 +613,9 @@ async fn last<L: Link>(
     laps.lap("register");
     site.with(|c| c.finish().map_err(|e| e.to_string())).await??;
     laps.lap("finish");
-    let h = match tokio::time::timeout(PATIENCE, wire::recv(link)).await {
-        Ok(Ok(Message::Handover(h))) => h,
-        Ok(Ok(other)) => return Err(format!("the source sent {} instead of the handover", other.name())),
-        Ok(Err(e)) => return Err(text(&e)),
-        Err(_) => return Err("the source does not hand over".into()),
+    let h = match wire::recv(link).await.map_err(|e| text(&e))? {
+        Message::Handover(h) => h,
+        other => return Err(format!("the source sent {} instead of the handover", other.name())),
     };
     if (h.pages, h.zero) != (round.pages, round.zero_pages) {
         return Err(format!(
@@ -720,8 +715,8 @@ async fn pages<L: Link>(link: &mut L, sink: Sink, number: u32, total: u64, event
     let mut last = Instant::now();
     let mut failed = None;
     loop {
-        match tokio::time::timeout(PATIENCE, stream.recv()).await {
-            Ok(Ok(Some(frame))) => {
+        match stream.recv().await {
+            Ok(Some(frame)) => {
                 received += frame.runs.iter().map(|r| u64::from(r.pages) * crate::image::PAGE).sum::<u64>();
                 // try_send first: the channel is rarely full, and a blocked runtime thread would hold up the network.
                 if let Err(std::sync::mpsc::TrySendError::Full(frame)) = tx.try_send(frame) {
@@ -744,13 +739,9 @@ async fn pages<L: Link>(link: &mut L, sink: Sink, number: u32, total: u64, event
                     });
                 }
             }
-            Ok(Ok(None)) => break,
-            Ok(Err(e)) => {
+            Ok(None) => break,
+            Err(e) => {
                 failed = Some(e.to_string());
-                break;
-            }
-            Err(_) => {
-                failed = Some("the source stopped sending pages".to_owned());
                 break;
             }
         }

@@ -44,6 +44,7 @@ pub mod laps;
 pub mod lazy;
 pub mod oracle;
 pub mod pages;
+pub mod patient;
 pub mod plan;
 pub mod preflight;
 pub mod procfs;

@@ -39,6 +39,8 @@ pub struct SendOptions {
     pub leave_running: bool,
     /// Preflight and prediction only.
     pub dry_run: bool,
+    /// How long the destination may be there without going on, up to the resume.
+    pub peer_timeout: Duration,
 }
 
 impl SendOptions {

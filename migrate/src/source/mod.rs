@@ -19,6 +19,7 @@ use crate::{
     journal::{self, Entry, Journal, Side, Stage},
     lazy::serve::{self, Refusal, ServeError},
     oracle,
+    patient::Patient,
     procfs::{stat, status, vanished},
     report::{Class, Downtime, Drain, Event, Events, Failure, Mode, Report, SendOptions},
     steps,
@@ -185,10 +186,11 @@ pub async fn send<C: Connector>(
     };
 
     phase("connect");
-    let mut link = tokio::select! {
+    let link = tokio::select! {
         l = connector.connect() => l?,
         () = cancel.cancelled() => return Err(interrupted(pid)),
     };
+    let mut link = Patient::new(link, options.peer_timeout);
 
     phase("preflight");
     let id = new_id();
@@ -207,10 +209,7 @@ pub async fn send<C: Connector>(
         wire::recv(&mut link).await
     };
     let answer = tokio::select! {
-        a = tokio::time::timeout(Duration::from_secs(60), answer) => match a {
-            Ok(a) => a.map_err(lost("preflight"))?,
-            Err(_) => return Err(Failure::failed("preflight", pid, format!("{} did not answer within 60 s", connector.name()))),
-        },
+        a = answer => a.map_err(lost("preflight"))?,
         () = cancel.cancelled() => return Err(interrupted(pid)),
     };
     let shared_follows = match answer {
@@ -458,6 +457,7 @@ pub async fn send<C: Connector>(
         _ => unreachable!("only these two leave the match above"),
     };
     let downtime = snap.since.elapsed();
+    let mut link = link.into_inner();
     job.awake = None;
     let handover_ms = ms(t_handover.elapsed());
     let transfer_ms = ms(t_handover - t_transfer);

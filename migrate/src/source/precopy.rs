@@ -244,7 +244,9 @@ impl Job<'_> {
         };
         let (mut round, applied, fate) =
             sent.map_err(|e: WireError| Failure::failed("pre-copy", self.pid, format!("{e}; the program runs on here")))?;
-        self.fixed.shape(Duration::from_secs_f64(applied.shape_ms.clamp(0.0, 1e6) / 1000.0));
+        if let Ok(took) = Duration::try_from_secs_f64(applied.shape_ms / 1000.0) {
+            self.fixed.shape(took);
+        }
         round.stopped_ms = stopped.as_secs_f64() * 1000.0;
         round.compared = compared;
         let mut t = self.tracks(tracked)?;

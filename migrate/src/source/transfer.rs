@@ -10,6 +10,7 @@ use crate::{
     dump::pages::{self, Batch, OBJECT_SPACE, Reader, SpacePlan},
     image::{PAGE, Tree},
     laps::Laps,
+    pages::PageSet,
     plan,
     report::{Event, Events, Round},
     wire::{self, Applied, Message, Ranges, RoundStart, State, WireError},
@@ -68,6 +69,11 @@ pub async fn round<L: Link>(
         bytes: total,
     };
     wire::send(link, &Message::Round(Box::new(begin))).await?;
+    let planned: Vec<(u32, PageSet)> = p
+        .plans
+        .iter()
+        .map(|(plan, _)| (plan.space, PageSet::from_ranges(plan.ranges.iter().copied())))
+        .collect();
     let (mut round, fate) = send_pages(link, p.plans, total, number, false, terms, events).await?;
     let applied = match wire::recv(link).await? {
         Message::Applied(a) if a.number == number => a,
@@ -83,6 +89,16 @@ pub async fn round<L: Link>(
         return Err(WireError::Protocol(format!(
             "that it has {} pages and {} zero pages of round {number}; {} and {} were sent",
             applied.pages, applied.zero, round.pages, round.zero_pages
+        )));
+    }
+    let sent = |(name, a, b): &(u32, u64, u64)| {
+        planned
+            .iter()
+            .any(|(space, set)| space == name && set.clip(*a, *b).bytes() == b.saturating_sub(*a))
+    };
+    if !applied.missed.iter().all(|m| m.1 < m.2 && sent(m)) {
+        return Err(WireError::Protocol(format!(
+            "that it could not write pages of round {number} that were not in it"
         )));
     }
     round.bytes = link.bytes_sent() - before;

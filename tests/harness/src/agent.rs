@@ -158,11 +158,25 @@ impl Host {
         more: &[&str],
         how: impl FnOnce(crate::Command<'a>) -> crate::Command<'a>,
     ) -> Receiver<'a> {
+        self.receive_by(out, more, true, how)
+    }
+
+    fn receive_by<'a>(
+        &'a self,
+        out: &Stdio,
+        more: &[&str],
+        once: bool,
+        how: impl FnOnce(crate::Command<'a>) -> crate::Command<'a>,
+    ) -> Receiver<'a> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let ticket_file = self.dir().join(format!("ticket-{}", NUMBER.fetch_add(1, Ordering::SeqCst)));
         let listen = format!("{}:{PORT}", self.address());
         let ticket_name = ticket_file.display().to_string();
-        let mut args = vec!["receive", "--listen", &listen, "--ticket-file", &ticket_name, "--once", "--stdio"];
+        let mut args = vec!["receive", "--listen", &listen, "--ticket-file", &ticket_name];
+        if once {
+            args.push("--once");
+        }
+        args.push("--stdio");
         let path;
         match out {
             Stdio::Terminal => args.push("inherit"),
@@ -224,6 +238,13 @@ pub struct Receiver<'a> {
     pub ticket_file: PathBuf,
     /// What to type after the pid.
     pub target: String,
+}
+
+impl<'a> Receiver<'a> {
+    /// `migrate receive` without `--once`, its tree's streams on /dev/null.
+    pub fn that_stays(host: &'a Host, more: &[&str]) -> Receiver<'a> {
+        host.receive_by(&Stdio::Null, more, false, |c| c)
+    }
 }
 
 impl Receiver<'_> {
