@@ -373,20 +373,22 @@ pub async fn check_pair(
             let d = tokio::task::spawn_blocking(move || source::inventory(pid))
                 .await
                 .map_err(|e| fail(e.to_string()))??;
-            Some((d.tree, d.blockers))
+            let memory = source::memory(&d);
+            Some((d.tree, d.blockers, memory))
         }
         None => None,
     };
     let host = dump::host::host().map_err(|e| fail(format!("cannot examine this host: {e}")))?;
     let work = async {
         let mut link = dial.connect().await?;
-        let (tree, mut blockers) = tree.unwrap_or_else(|| (migrate_engine::image::Tree::empty(host.clone()), Vec::new()));
+        let (tree, mut blockers, memory) = tree.unwrap_or_else(|| (migrate_engine::image::Tree::empty(host.clone()), Vec::new(), 0));
         let inventory = Inventory {
             id: source::new_id(),
             tree,
             check_only: true,
             leave_running: false,
             lazy: false,
+            memory,
         };
         let lost = |e: wire::WireError| fail(e.to_string());
         wire::send(&mut link, &Message::Inventory(inventory)).await.map_err(lost)?;

@@ -94,7 +94,7 @@ pub async fn serve<L: Link>(
         return Err(lost("inventory")(WireError::Protocol("an id that is none".into())));
     }
     let id = inv.id.clone();
-    let (check_only, lazy) = (inv.check_only, inv.lazy);
+    let (check_only, lazy, memory) = (inv.check_only, inv.lazy, inv.memory);
     inv.tree
         .validate()
         .map_err(|e| lost("inventory")(WireError::Protocol(format!("a tree that is none: {e}"))))?;
@@ -112,6 +112,7 @@ pub async fn serve<L: Link>(
             fix,
         ));
     }
+    blockers.extend(preflight::memory(memory, preflight::memory_left()));
     let host = host.map_err(|e| Failure::failed("preflight", 0, format!("cannot examine this host: {e}")))?;
     if !blockers.is_empty() {
         let text = blockers.iter().map(|b| format!("\n  - {b}")).collect::<String>();
@@ -137,7 +138,17 @@ pub async fn serve<L: Link>(
             .await
             .map_err(io::Error::other)
             .and_then(|k| k);
-        keeper = Some(started.map_err(|e| Failure::failed("preflight", 0, format!("cannot start the keeper of the copy's memory: {e}")))?);
+        match started {
+            Ok(k) => keeper = Some(k),
+            Err(e) => {
+                let what = format!("the keeper of the copy's memory cannot be started: {e}");
+                let fix = "see what it lacks there; or use --mode pre-copy, which needs none";
+                let why = vec![Blocker::new("the receiving host", what.clone(), fix)];
+                let _ = wire::send(&mut link, &Message::Refuse(why)).await;
+                let _ = tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await;
+                return Err(Failure::failed("preflight", 0, format!("{what}; nothing was started")));
+            }
+        }
     }
     let accept = Accept {
         host,

@@ -7,7 +7,7 @@ use crate::{
     procfs::status,
     restore::{fds, plan, rebuild, task, vdso},
 };
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fs, path::Path};
 
 /// Instruction sets and features that programs use directly, as /proc/cpuinfo names them.
 const USER_FLAGS: &[&str] = &[
@@ -148,6 +148,59 @@ pub fn tree(tree: &Tree) -> (Vec<Blocker>, bool) {
     (out, !free)
 }
 
+/// Memory for a tree with so many bytes, of what can be had here. None: enough, or not known.
+pub fn memory(wanted: u64, left: Option<u64>) -> Option<Blocker> {
+    let left = left.filter(|left| *left < wanted)?;
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    Some(Blocker::new(
+        "the receiving host",
+        format!(
+            "the tree has {} MiB of memory with content, and {} MiB can be had here",
+            mib(wanted),
+            left >> 20
+        ),
+        "end something there, or give the receiver's cgroup a higher limit",
+    ))
+}
+
+/// Bytes that this process and its children can have: of the host's memory and swap what is available (proc_meminfo(5)), and no more than the limit of the
+/// process's cgroup leaves, in either version. The cgroups above it are not looked at.
+pub fn memory_left() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let field = |name: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
+        line.split_ascii_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
+    };
+    let host = field("MemAvailable")? + field("SwapFree").unwrap_or(0);
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let limits = groups.lines().filter_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        let path = path.trim_start_matches('/');
+        if controllers.is_empty() {
+            group_left(&Path::new("/sys/fs/cgroup").join(path), "memory.max", "memory.current")
+        } else if controllers.split(',').any(|c| c == "memory") {
+            let dir = Path::new("/sys/fs/cgroup/memory").join(path);
+            group_left(&dir, "memory.limit_in_bytes", "memory.usage_in_bytes")
+        } else {
+            None
+        }
+    });
+    Some(limits.fold(host, u64::min))
+}
+
+/// What the limit of a cgroup leaves: pages of files that it holds can be given up. None: it has no limit.
+fn group_left(dir: &Path, limit: &str, used: &str) -> Option<u64> {
+    let read = |name: &str| fs::read_to_string(dir.join(name)).ok();
+    let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
+    let files = read("memory.stat").unwrap_or_default();
+    let files = files.lines().filter_map(|l| match l.split_once(' ')? {
+        ("active_file" | "inactive_file", bytes) => bytes.parse::<u64>().ok(),
+        _ => None,
+    });
+    let held = number(used)?.saturating_sub(files.sum());
+    Some(number(limit)?.saturating_sub(held))
+}
+
 fn files(tree: &Tree, out: &mut Vec<Blocker>) {
     let mut seen = BTreeSet::new();
     for (p, mm) in tree
@@ -247,4 +300,35 @@ fn rights(tree: &Tree, out: &mut Vec<Blocker>) {
 
 fn place(p: &Process) -> String {
     format!("pid {} ({})", p.pid, p.comm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_group_leaves() {
+        let dir = tempfile::tempdir().unwrap();
+        let set = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        let left = || group_left(dir.path(), "memory.max", "memory.current");
+        assert_eq!(left(), None, "no such controller");
+        set("memory.current", "5000\n");
+        set("memory.max", "max\n");
+        assert_eq!(left(), None, "no limit");
+        set("memory.max", "8000\n");
+        assert_eq!(left(), Some(3000));
+        set("memory.stat", "anon 1000\nactive_file 1500\ninactive_file 500\nshmem 2000\n");
+        assert_eq!(left(), Some(5000));
+        set("memory.max", "1000\n");
+        assert_eq!(left(), Some(0));
+    }
+
+    #[test]
+    fn a_tree_that_does_not_fit_is_refused_by_name() {
+        assert!(memory(100 << 20, Some(100 << 20)).is_none());
+        assert!(memory(100 << 20, None).is_none());
+        let b = memory(100 << 20, Some((99 << 20) + 5)).unwrap();
+        assert!(b.reason.contains("100 MiB") && b.reason.contains(" 99 MiB"), "{b:?}");
+        assert!(memory_left().is_some_and(|left| left > 0));
+    }
 }

@@ -160,6 +160,8 @@ pub struct Inventory {
     pub leave_running: bool,
     /// Pages may follow after the resume.
     pub lazy: bool,
+    /// Bytes of memory with content.
+    pub memory: u64,
 }
 
 /// The destination is ready.

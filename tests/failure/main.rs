@@ -1,6 +1,8 @@
 //! Agents that die, and users who change their mind. Whatever happens, the program lives on exactly one side, and counts on.
 
 mod drain;
+mod links;
+mod resources;
 mod steps;
 
 use migrate_harness::{Guest, Host, Hosts, Stdio, eventually, programs, two_hosts, within};

@@ -69,7 +69,7 @@ enum Deed {
 const CUT: Duration = Duration::from_secs(1);
 
 /// Waits for an agent that stops itself at a step; false if it has ended without coming there.
-fn stands(agent: &Process<'_>) -> bool {
+pub fn stands(agent: &Process<'_>) -> bool {
     within("the step, or the agent's end", Duration::from_secs(60), || match agent.state() {
         Some('T') => Some(true),
         _ => agent.ended().map(|_| false),

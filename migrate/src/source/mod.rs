@@ -143,6 +143,11 @@ pub fn new_id() -> String {
 /// How long an answer to the handover is looked for before the operator has to decide when to go on (`migrate recover`).
 const ASK_PATIENCE: Duration = Duration::from_secs(20);
 
+/// Bytes of memory with content of a tree.
+pub fn memory(d: &dump::tree::Dumped) -> u64 {
+    Counts::of(&d.tree, &d.pids, &d.object_fds).bytes
+}
+
 /// The whole of `migrate send`.
 pub async fn send<C: Connector>(
     connector: C,
@@ -196,13 +201,14 @@ pub async fn send<C: Connector>(
     let id = new_id();
     let host = inv.tree.host.clone();
     let lost = |phase: &'static str| move |e: WireError| Failure::failed(phase, pid, format!("{e}; the program runs on here"));
-    let counts = Counts::of(&inv.tree, &inv.pids);
+    let counts = Counts::of(&inv.tree, &inv.pids, &inv.object_fds);
     let message = Message::Inventory(Inventory {
         id: id.clone(),
         tree: inv.tree.clone(),
         check_only: options.dry_run,
         leave_running: options.leave_running,
         lazy,
+        memory: counts.bytes,
     });
     let answer = async {
         wire::send(&mut link, &message).await?;
@@ -373,10 +379,11 @@ pub async fn send<C: Connector>(
         Ok(j) => j,
         Err(e) => {
             thaw(&tracer).await;
+            link.close("the source gave up").await;
             return Err(Failure::failed(
                 "handover",
                 pid,
-                format!("cannot write the journal in {}: {e}", state_dir.display()),
+                format!("cannot write the journal in {}: {e}; the program runs on here", state_dir.display()),
             ));
         }
     };
@@ -393,7 +400,12 @@ pub async fn send<C: Connector>(
             Err(e) => {
                 thaw(&tracer).await;
                 let _ = journal.remove();
-                return Err(Failure::failed("handover", pid, format!("cannot hash the frozen pages: {e}")));
+                link.close("the source gave up").await;
+                return Err(Failure::failed(
+                    "handover",
+                    pid,
+                    format!("cannot hash the frozen pages: {e}; the program runs on here"),
+                ));
             }
         }
     } else {

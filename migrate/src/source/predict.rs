@@ -18,6 +18,7 @@ use migrate_transport::{Link, sample_compression};
 use std::{
     fs::File,
     io,
+    os::fd::{AsFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -25,12 +26,18 @@ use std::{
 pub struct Counts {
     pub processes: u32,
     pub threads: u32,
-    bytes: u64,
+    /// Of memory with content.
+    pub bytes: u64,
 }
 
 impl Counts {
-    pub fn of(tree: &Tree, pids: &[i32]) -> Counts {
-        // Shared objects are counted by their size, which is at most too much.
+    pub fn of(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> Counts {
+        let shared = tree
+            .objects
+            .iter()
+            .zip(objects)
+            .filter_map(|(o, fd)| pages::data(fd.as_fd(), o.size).ok());
+        let shared: u64 = shared.flatten().map(|r| r.1 - r.0).sum();
         let private = tree
             .processes
             .iter()
@@ -43,7 +50,7 @@ impl Counts {
         Counts {
             processes: tree.processes.len() as u32,
             threads: tree.processes.iter().map(|p| p.threads.len() as u32).sum(),
-            bytes: private.sum::<u64>() + tree.objects.iter().map(|o| o.size).sum::<u64>(),
+            bytes: private.sum::<u64>() + shared,
         }
     }
 }
