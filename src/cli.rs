@@ -111,6 +111,9 @@ pub struct Receive {
     /// What replaces a terminal or pipe that led out of the tree: our own streams, /dev/null, or a file to append to
     #[arg(long, value_name = "inherit|null|FILE", default_value = "inherit", value_parser = parse::stdio)]
     pub stdio: Stdio,
+    /// Most migrations at the same time; more are refused
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub at_once: u32,
     /// Longest wait, up to the resume, for another host that is there and does not go on
     #[arg(long, value_name = "TIME", default_value = "2m", value_parser = parse::duration)]
     pub peer_timeout: Duration,

@@ -143,15 +143,20 @@ impl Receiver {
     }
     /// Serves one migration (or rehearsal, outcome "predicted") to the end. Strangers, checks and broken handshakes are turned away
     /// inside and do not end it. Sends no event before a trusted peer has asked for a migration.
-    /// `patience`: how long a source may be there without going on.
-    pub async fn next(&self, stdio: Stdio, events: Events, cancel: CancellationToken, patience: Duration) -> Result<Report, Failure> {
+    pub async fn next(
+        &self,
+        stdio: Stdio,
+        events: Events,
+        cancel: CancellationToken,
+        bounds: destination::Bounds,
+    ) -> Result<Report, Failure> {
         // Connections are served side by side: a question about one migration may come while it is still being built.
         let mut serving = self.serving.lock().await;
         loop {
             tokio::select! {
                 link = self.listener.accept() => match link {
                     Ok(link) => {
-                        serving.spawn(destination::serve(link, stdio.clone(), self.state_dir.clone(), events.clone(), cancel.clone(), self.hub.clone(), patience));
+                        serving.spawn(destination::serve(link, stdio.clone(), self.state_dir.clone(), events.clone(), cancel.clone(), self.hub.clone(), bounds.clone()));
                     }
                     Err(AcceptError::ListenerClosed) => return Err(Failure::failed("listen", 0, "the listener was closed")),
                     Err(e) => tracing::warn!("{e}"),

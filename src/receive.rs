@@ -8,7 +8,10 @@ use crate::{
     report::{self, Deed, Stake},
 };
 use anyhow::Context as _;
-use migrate_engine::report::{Event, Events, Stdio};
+use migrate_engine::{
+    destination::Bounds,
+    report::{Event, Events, Stdio},
+};
 use serde_json::json;
 use std::{
     fs,
@@ -22,6 +25,7 @@ use std::{
     },
     time::Duration,
 };
+use tokio::sync::Semaphore;
 
 /// Serves migrations until a signal, or one with `--once`.
 pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
@@ -29,6 +33,11 @@ pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
     let shares_stdout = stdio == Stdio::Inherit;
     let _interrupts = interrupt::watch(context, "interrupted: ending; a migration in progress is undone first")?;
     let receiver = Receiver::bind(arguments.listen, &context.state_dir).await?;
+    let bounds = Bounds {
+        patience: arguments.peer_timeout,
+        slots: Arc::new(Semaphore::new(arguments.at_once as usize)),
+        at_once: arguments.at_once,
+    };
     let mut ticket = String::new();
     loop {
         let now = receiver.ticket();
@@ -37,9 +46,7 @@ pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
             ticket = now;
         }
         let (events, busy) = watched(context.progress.events());
-        let result = receiver
-            .next(stdio.clone(), events, context.cancel.clone(), arguments.peer_timeout)
-            .await;
+        let result = receiver.next(stdio.clone(), events, context.cancel.clone(), bounds.clone()).await;
         let idle = !busy.load(Ordering::Relaxed);
         match result {
             Ok(report) => {

@@ -38,6 +38,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 /// How a served connection ended.
@@ -52,7 +53,18 @@ pub enum Served {
 /// Pages that arrive while the rest is built, at most: more would take so long that timers of the copy went off before it runs.
 const MEANWHILE: u64 = 16 << 20;
 
-/// Serves one authenticated connection to its end. `patience`: how long the source may be there without going on, up to the resume.
+/// What bounds a receiver's migrations.
+#[derive(Debug, Clone)]
+pub struct Bounds {
+    /// How long a source may be there without going on, up to the resume.
+    pub patience: Duration,
+    /// One for each migration that may be under way, from the preflight to the end of the drain.
+    pub slots: Arc<Semaphore>,
+    /// How many there are of them.
+    pub at_once: u32,
+}
+
+/// Serves one authenticated connection to its end.
 pub async fn serve<L: Link>(
     mut link: L,
     stdio: Stdio,
@@ -60,8 +72,9 @@ pub async fn serve<L: Link>(
     events: Events,
     cancel: CancellationToken,
     hub: Arc<Hub<L>>,
-    patience: Duration,
+    bounds: Bounds,
 ) -> Result<Served, Failure> {
+    let patience = bounds.patience;
     let start = Instant::now();
     let lost = |phase: &'static str| move |e: WireError| Failure::failed(phase, 0, format!("{e}; nothing was started here"));
     let first = tokio::select! {
@@ -113,6 +126,14 @@ pub async fn serve<L: Link>(
         ));
     }
     blockers.extend(preflight::memory(memory, preflight::memory_left()));
+    let slot = bounds.slots.try_acquire();
+    if slot.is_err() && !check_only {
+        blockers.push(Blocker::new(
+            "the receiving host",
+            format!("it receives {} programs at this moment, which is as many as it may", bounds.at_once),
+            "try again when one of them is there; or start the receiver with a higher --at-once",
+        ));
+    }
     let host = host.map_err(|e| Failure::failed("preflight", 0, format!("cannot examine this host: {e}")))?;
     if !blockers.is_empty() {
         let text = blockers.iter().map(|b| format!("\n  - {b}")).collect::<String>();

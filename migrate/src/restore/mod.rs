@@ -8,6 +8,7 @@ pub mod mm;
 pub mod pilots;
 pub mod plan;
 pub mod rebuild;
+pub mod room;
 pub mod shape;
 pub mod sink;
 pub mod task;

@@ -7,6 +7,7 @@ use super::{
     fds, mm,
     pilots::{Batch, PilotError, Pilots},
     plan::{self, Step},
+    room::Room,
     shape,
     sink::Sink,
     task, vdso,
@@ -63,6 +64,8 @@ pub struct Rebuild {
     /// Names of the tree's address spaces and of its objects in page runs.
     pub(super) names: Names,
     pub(super) pilots: Pilots,
+    /// Theirs, with what they park.
+    _room: Room,
     /// Slots of each process's threads, leader first.
     pub(super) slots: Vec<Vec<usize>>,
     /// Agent-side pid of each process.
@@ -154,8 +157,9 @@ impl Rebuild {
         const GAP: u64 = 2 << 20;
         let behind = space.next_multiple_of(GAP) + GAP;
         let total = behind + 2 * park.len.next_multiple_of(GAP);
-        let base = plan::free_range(&used, total)
+        let room = Room::find(used, total)
             .ok_or_else(|| PilotError::agent("find free addresses for the pilots")(io::ErrorKind::OutOfMemory.into()))?;
+        let base = room.start;
         park.at = base + behind;
         let mut pilots = Pilots::create(base, word, leaders, others).map_err(PilotError::agent("map the pilots' region"))?;
         let mut slots = Vec::with_capacity(count);
@@ -185,6 +189,7 @@ impl Rebuild {
             names,
             written: HashSet::new(),
             pilots,
+            _room: room,
             slots,
             socket: ours,
             socket_number,
