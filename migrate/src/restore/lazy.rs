@@ -22,7 +22,7 @@ use super::{
     rebuild::Rebuild,
 };
 use crate::{
-    dump::pages::OBJECT_SPACE,
+    dump::{self, pages::OBJECT_SPACE},
     image::{Backing, PAGE, Vma},
     lazy::{
         self,
@@ -34,7 +34,10 @@ use crate::{
     track::{self, wp_async},
     wire::Ranges,
 };
-use std::io;
+use std::{io, os::fd::AsFd};
+
+/// Ranges of shared memory from which on it is faster to look where it has pages than to have them made once more.
+const MANY: usize = 1024;
 
 fn wrong(what: &str) -> PilotError {
     PilotError::agent(what)(io::Error::new(
@@ -102,7 +105,13 @@ impl Rebuild {
             let (o, pages) = self.follows(r)?;
             let name = self.names.objects[o];
             let known = self.expected.entry(name).or_default();
-            for &(a, b) in pages.difference(known).ranges() {
+            let mut new = pages.difference(known);
+            if new.ranges().len() > MANY {
+                // What was written in rounds is there.
+                let there = dump::pages::data(self.objects[o].as_fd(), self.tree.objects[o].size).map_err(made)?;
+                new.subtract(&PageSet::from_ranges(there));
+            }
+            for &(a, b) in new.ranges() {
                 rustix::fs::fallocate(&self.objects[o], rustix::fs::FallocateFlags::empty(), a, b - a).map_err(|e| made(e.into()))?;
             }
             known.extend(&pages);

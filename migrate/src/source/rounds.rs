@@ -12,7 +12,7 @@
 use super::{
     attach,
     freeze::{Last, Unseen},
-    objects::Hash,
+    objects::{Extent, Hash},
     shared::{self, Shared},
 };
 use crate::{
@@ -205,8 +205,8 @@ pub struct Tracks {
     lazy: bool,
     /// The destination can let shared memory follow.
     shared_follows: bool,
-    /// Then: objects of which nothing is sent in rounds, by name, and what the destination was told to expect of them.
-    follows: HashMap<u32, PageSet>,
+    /// Then: objects of which nothing is sent in rounds, by name: where they have content, and what the destination was told to expect of them.
+    follows: HashMap<u32, (Extent, PageSet)>,
     /// Objects of the inventory that nothing maps: only descriptors lead to them.
     unmapped: Vec<((u64, u64), crate::image::Object, File)>,
 }
@@ -745,11 +745,10 @@ impl Tracks {
     fn expect(&mut self, d: &Dumped, out: &mut Prepared) -> io::Result<HashSet<u32>> {
         let all = self.following(&d.tree, &out.names);
         for ((o, fd), name) in d.tree.objects.iter().zip(&d.object_fds).zip(&out.names.objects) {
-            let Some(told) = self.follows.get_mut(name).filter(|_| all.contains(name)) else {
+            let Some((extent, told)) = self.follows.get_mut(name).filter(|_| all.contains(name)) else {
                 continue;
             };
-            let now = PageSet::from_ranges(pages::data(fd.as_fd(), o.size)?);
-            let new = now.difference(told);
+            let new = extent.look(fd.as_fd(), o.size)?.difference(told);
             if !new.is_empty() {
                 out.expect.push(Ranges::pack(*name, new.ranges()));
                 told.extend(&new);
@@ -843,12 +842,13 @@ impl Tracks {
         }
         let follows = self.following(&d.tree, &names);
         for ((o, fd), name) in d.tree.objects.iter().zip(&d.object_fds).zip(&names.objects) {
-            if follows.contains(name) {
-                out.plans.push(SpacePlan {
-                    space: *name,
-                    ranges: pages::data(fd.as_fd(), o.size)?,
-                });
-            }
+            let Some((extent, _)) = self.follows.get_mut(name).filter(|_| follows.contains(name)) else {
+                continue;
+            };
+            out.plans.push(SpacePlan {
+                space: *name,
+                ranges: extent.look(fd.as_fd(), o.size)?.ranges().to_vec(),
+            });
         }
         let (changes, compared) = self.shared.changed(&d.tree, &names, &files(d)?, &follows)?;
         out.compared = compared;
