@@ -147,6 +147,28 @@ fn between_kernels_pre_copied() {
     clock(&vms, "pre-copy");
 }
 
+/// Shared memory follows the resume, by minor faults of either kernel.
+#[test]
+fn shared_memory_follows_between_kernels() {
+    let vms = two_machines!(OLD, NEW);
+    let options = [("kind", "shared-in-every-way"), ("period-us", "20000"), ("ground-mib", "1")];
+    let guest = vms.a.guest("trap", &options);
+    assert!(guest.beats(), "it stands still before it is moved");
+    let (mut vm, mut pid) = (&vms.a, guest.pid);
+    for _ in 0..2 {
+        let moved = vms.move_with(vm, pid, &["--mode", "post-copy"]);
+        let pages = moved.number("pages_lazy");
+        println!("from {}: {pages} pages followed, {}", vm.name(), moved.report["drain"]);
+        assert!(pages > 6000.0, "{}", moved.report);
+        (vm, pid) = (vms.other(vm), moved.pid);
+        assert!(guest.beats(), "it stands still on {}", vm.name());
+        let mut differences = guest.differences();
+        differences.retain(|line| !of_the_kernel(line));
+        assert!(differences.is_empty(), "on {}: {differences:#?}", vm.name());
+    }
+    guest.quit();
+}
+
 /// Operations of `tests/precopy.rs` that the two trackers see in different ways, and those that they see alike.
 const TRAPS: [&str; 4] = ["dropped", "huge", "moved", "forks"];
 const MORE_TRAPS: [&str; 17] = [
