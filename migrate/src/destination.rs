@@ -221,8 +221,7 @@ pub async fn serve<L: Link>(
                 let _ = journal.remove();
             }
             let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
-            // The source closes once it has read it; ended before that, it would have to ask, and could not say what became of the tree.
-            let _ = tokio::time::timeout(Duration::from_secs(10), wire::recv(&mut link)).await;
+            read_out(&mut link).await;
             let m = if began {
                 "nothing runs here, the source was told"
             } else {
@@ -246,6 +245,7 @@ pub async fn serve<L: Link>(
         drop(copy);
         let reason = "the copy ended before it was released".to_owned();
         let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
+        read_out(&mut link).await;
         return Err(Failure::failed("restore", 0, format!("{reason}; nothing runs here")));
     }
     let running = Running {
@@ -322,6 +322,13 @@ pub async fn serve<L: Link>(
         fault_latency_us: stats.as_ref().map(|s| s.latency.clone()).unwrap_or_default(),
         drain: stats.map(|s| crate::report::Drain::of(&s, after.elapsed())),
     })))
+}
+
+/// Waits until the source closes, which it does once it has read what it was told last: ended before that, it would have to ask, and could not say what became
+/// of the tree. What it had sent before it read that, the handover above all, may come first.
+async fn read_out<L: Link>(link: &mut L) {
+    let closed = async { while wire::recv(link).await.is_ok() {} };
+    let _ = tokio::time::timeout(Duration::from_secs(10), closed).await;
 }
 
 /// A further connection of a migration that is under way; or the first one to a receiver that was started again while pages were missing.

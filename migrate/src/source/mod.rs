@@ -460,6 +460,7 @@ pub async fn send<C: Connector>(
         Message::Aborted(reason) => {
             thaw(&tracer).await;
             let _ = journal.remove();
+            link.close("the source gave up").await;
             return Err(Failure::failed(
                 "restore",
                 pid,
