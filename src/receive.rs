@@ -25,7 +25,6 @@ use std::{
     },
     time::Duration,
 };
-use tokio::sync::Semaphore;
 
 /// Serves migrations until a signal, or one with `--once`.
 pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
@@ -33,11 +32,7 @@ pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
     let shares_stdout = stdio == Stdio::Inherit;
     let _interrupts = interrupt::watch(context, "interrupted: ending; a migration in progress is undone first")?;
     let receiver = Receiver::bind(arguments.listen, &context.state_dir).await?;
-    let bounds = Bounds {
-        patience: arguments.peer_timeout,
-        slots: Arc::new(Semaphore::new(arguments.at_once as usize)),
-        at_once: arguments.at_once,
-    };
+    let bounds = Bounds::new(arguments.peer_timeout, arguments.at_once);
     let mut ticket = String::new();
     loop {
         let now = receiver.ticket();

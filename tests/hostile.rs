@@ -283,6 +283,14 @@ fn lives_on(hosts: &Hosts, guest: &Guest, what: &str) {
     guest.verify(what);
 }
 
+/// It can still be moved.
+fn moves_still(hosts: &Hosts, guest: &Guest, mode: &str) {
+    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", mode]);
+    guest.verify("on b");
+    assert!(moved.pid > 0);
+    guest.quit();
+}
+
 fn wrong_receivers(at: &'static str, after: u32, mode: &str, more: &[Wrong]) {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "16"), ("dirty", "4"), ("shared", "1")]);
@@ -304,11 +312,7 @@ fn wrong_receivers(at: &'static str, after: u32, mode: &str, more: &[Wrong]) {
     }
     let open = hosts.a.run(&["recover", "--json"]);
     assert!(open.stdout.contains("\"handovers\":[]"), "{}", open.stdout);
-    // It can still be moved.
-    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", mode]);
-    guest.verify("on b");
-    assert!(moved.pid > 0);
-    guest.quit();
+    moves_still(&hosts, &guest, mode);
 }
 
 #[test]
@@ -717,10 +721,7 @@ fn wrong_senders(mode: &str) {
         receiver.process.stderr()
     );
     lives_on(&hosts, &guest, "in the end");
-    let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", mode]);
-    guest.verify("on b");
-    assert!(moved.pid > 0);
-    guest.quit();
+    moves_still(&hosts, &guest, mode);
 }
 
 #[test]

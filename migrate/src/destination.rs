@@ -57,11 +57,21 @@ const MEANWHILE: u64 = 16 << 20;
 #[derive(Debug, Clone)]
 pub struct Bounds {
     /// How long a source may be there without going on, up to the resume.
-    pub patience: Duration,
+    patience: Duration,
     /// One for each migration that may be under way, from the preflight to the end of the drain.
-    pub slots: Arc<Semaphore>,
-    /// How many there are of them.
-    pub at_once: u32,
+    slots: Arc<Semaphore>,
+    at_once: u32,
+}
+
+impl Bounds {
+    /// `at_once`: how many migrations may be under way.
+    pub fn new(patience: Duration, at_once: u32) -> Bounds {
+        Bounds {
+            patience,
+            slots: Arc::new(Semaphore::new(at_once as usize)),
+            at_once,
+        }
+    }
 }
 
 /// Serves one authenticated connection to its end.
@@ -137,8 +147,7 @@ pub async fn serve<L: Link>(
     let host = host.map_err(|e| Failure::failed("preflight", 0, format!("cannot examine this host: {e}")))?;
     if !blockers.is_empty() {
         let text = blockers.iter().map(|b| format!("\n  - {b}")).collect::<String>();
-        let _ = wire::send(&mut link, &Message::Refuse(blockers.clone())).await;
-        let _ = tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await;
+        refuse(&mut link, blockers.clone()).await;
         if check_only {
             return Ok(Served::Answered);
         }
@@ -164,9 +173,7 @@ pub async fn serve<L: Link>(
             Err(e) => {
                 let what = format!("the keeper of the copy's memory cannot be started: {e}");
                 let fix = "see what it lacks there; or use --mode pre-copy, which needs none";
-                let why = vec![Blocker::new("the receiving host", what.clone(), fix)];
-                let _ = wire::send(&mut link, &Message::Refuse(why)).await;
-                let _ = tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await;
+                refuse(&mut link, vec![Blocker::new("the receiving host", what.clone(), fix)]).await;
                 return Err(Failure::failed("preflight", 0, format!("{what}; nothing was started")));
             }
         }
@@ -322,6 +329,12 @@ pub async fn serve<L: Link>(
         fault_latency_us: stats.as_ref().map(|s| s.latency.clone()).unwrap_or_default(),
         drain: stats.map(|s| crate::report::Drain::of(&s, after.elapsed())),
     })))
+}
+
+/// Says what is in the way, and waits until the source has read it.
+async fn refuse<L: Link>(link: &mut L, blockers: Vec<Blocker>) {
+    let _ = wire::send(link, &Message::Refuse(blockers)).await;
+    let _ = tokio::time::timeout(Duration::from_secs(5), wire::recv(link)).await;
 }
 
 /// Waits until the source closes, which it does once it has read what it was told last: ended before that, it would have to ask, and could not say what became
@@ -677,17 +690,15 @@ async fn last<L: Link>(
             .await??;
     }
     laps.lap("narrow");
-    for a in &mut armed {
-        if let Some((_, hashes)) = &mut a.watched {
-            let of = h.later_hashes.iter().filter(|l| l.0 == a.name);
-            hashes.extend(of.map(|l| (l.1, l.2)));
-        }
-    }
-    for o in &mut objects {
-        if let Some(hashes) = &mut o.expected {
-            let of = h.later_hashes.iter().filter(|l| l.0 == o.name);
-            hashes.extend(of.map(|l| (l.1, l.2)));
-        }
+    let private = armed
+        .iter_mut()
+        .filter_map(|a: &mut Armed| Some((a.name, &mut a.watched.as_mut()?.1)));
+    let shared = objects
+        .iter_mut()
+        .filter_map(|o: &mut Pending| Some((o.name, o.expected.as_mut()?)));
+    for (name, hashes) in private.chain(shared) {
+        let of = h.later_hashes.iter().filter(|l| l.0 == name);
+        hashes.extend(of.map(|l| (l.1, l.2)));
     }
     let keeper = match site.keeper.take() {
         Some(keeper) if !armed.is_empty() => Some(start_keeper(keeper, armed, objects)?),

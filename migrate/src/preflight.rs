@@ -4,7 +4,7 @@ use crate::{
     blocker::Blocker,
     dump,
     image::{Backing, Host, Process, Tree},
-    procfs::status,
+    procfs::{self, status},
     restore::{fds, plan, rebuild, task, vdso},
 };
 use std::{collections::BTreeSet, fs, path::Path};
@@ -166,12 +166,7 @@ pub fn memory(wanted: u64, left: Option<u64>) -> Option<Blocker> {
 /// Bytes that this process and its children can have: of the host's memory and swap what is available (proc_meminfo(5)), and no more than the limit of the
 /// process's cgroup leaves, in either version. The cgroups above it are not looked at.
 pub fn memory_left() -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let field = |name: &str| {
-        let line = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'))?;
-        line.split_ascii_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
-    };
-    let host = field("MemAvailable")? + field("SwapFree").unwrap_or(0);
+    let host = procfs::meminfo("MemAvailable")? + procfs::meminfo("SwapFree").unwrap_or(0);
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let limits = groups.lines().filter_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;

@@ -1,13 +1,12 @@
 //! Links that delay, reorder, lose, or carry little: a relay between the agents does to their datagrams what such a link would. The program is moved all the same, and
 //! nothing of it is lost.
 
-use crate::copies;
+use crate::{Dice, copies};
 use migrate_harness::{Ended, Guest, Hosts, Stdio, two_hosts};
 use nix::sched::{CloneFlags, setns};
 use std::{
     collections::BTreeMap,
     fs::File,
-    io,
     net::{SocketAddr, UdpSocket},
     sync::{
         Arc,
@@ -36,7 +35,7 @@ struct Way {
     /// When the last byte of what was let in has left.
     busy: Instant,
     number: u64,
-    dice: u64,
+    dice: Dice,
 }
 
 impl Way {
@@ -45,15 +44,12 @@ impl Way {
             queue: BTreeMap::new(),
             busy: Instant::now(),
             number: 0,
-            dice: seed | 1,
+            dice: Dice(seed | 1),
         }
     }
 
     fn percent(&mut self) -> u64 {
-        self.dice ^= self.dice << 13;
-        self.dice ^= self.dice >> 7;
-        self.dice ^= self.dice << 17;
-        (self.dice >> 20) % 100
+        (self.dice.draw() >> 20) % 100
     }
 
     /// False: it is lost.
@@ -119,19 +115,18 @@ impl Relay {
             let near = socket(&own);
             tell.send(near.local_addr().expect("its address").to_string()).expect("the test");
             // Every connection of the sender's has a port of its own, and gets one here.
-            let mut far: BTreeMap<SocketAddr, UdpSocket> = BTreeMap::new();
-            let (mut there, mut back) = (BTreeMap::<SocketAddr, Way>::new(), Way::new(7));
+            let mut far: BTreeMap<SocketAddr, (UdpSocket, Way)> = BTreeMap::new();
+            let mut back = Way::new(7);
             let mut bytes = vec![0; 65536];
             while !stop.load(Ordering::SeqCst) {
                 let mut idle = true;
                 while let Some((n, from)) = received(&near, &mut bytes) {
                     idle = false;
-                    far.entry(from).or_insert_with(|| socket(&own));
-                    let way = there.entry(from).or_insert_with(|| Way::new(from.port().into()));
+                    let (_, way) = far.entry(from).or_insert_with(|| (socket(&own), Way::new(from.port().into())));
                     let counter = if way.take(weather, &bytes[..n], to) { &passed } else { &dropped };
                     counter.fetch_add(1, Ordering::SeqCst);
                 }
-                for (client, socket) in &far {
+                for (client, (socket, way)) in &mut far {
                     while let Some((n, _)) = received(socket, &mut bytes) {
                         idle = false;
                         let counter = if back.take(weather, &bytes[..n], *client) {
@@ -141,9 +136,7 @@ impl Relay {
                         };
                         counter.fetch_add(1, Ordering::SeqCst);
                     }
-                    if let Some(way) = there.get_mut(client) {
-                        way.give(socket);
-                    }
+                    way.give(socket);
                 }
                 back.give(&near);
                 if idle {
@@ -171,12 +164,8 @@ impl Drop for Relay {
 }
 
 fn received(socket: &UdpSocket, bytes: &mut [u8]) -> Option<(usize, SocketAddr)> {
-    match socket.recv_from(bytes) {
-        Ok(r) => Some(r),
-        // Refused: what was sent before found nobody.
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => None,
-        Err(_) => None,
-    }
+    // An error may be that of a datagram sent before, which found nobody.
+    socket.recv_from(bytes).ok()
 }
 
 fn moves_through(weather: Weather, mib: &str, modes: &[&str]) {

@@ -22,11 +22,14 @@ impl Dice {
         println!("MIGRATE_SEED={seed}");
         Dice(seed)
     }
-    fn below(&mut self, limit: Duration) -> Duration {
+    fn draw(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        limit.mul_f64((self.0 >> 11) as f64 / (1_u64 << 53) as f64)
+        self.0
+    }
+    fn below(&mut self, limit: Duration) -> Duration {
+        limit.mul_f64((self.draw() >> 11) as f64 / (1_u64 << 53) as f64)
     }
 }
 

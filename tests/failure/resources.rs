@@ -5,7 +5,7 @@ use crate::{
     Victim, copies,
     steps::{self, stands},
 };
-use migrate_harness::{Guest, Host, Hosts, Receiver, Run, Stdio, eventually, skip, two_hosts, within};
+use migrate_harness::{Guest, Host, Hosts, Process, Receiver, Run, Stdio, eventually, skip, two_hosts, within};
 use nix::sys::signal::Signal;
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -56,6 +56,15 @@ fn fill(host: &Host, state: &std::path::Path) {
 
 fn send(hosts: &Hosts, guest: &Guest, receiver: &Receiver<'_>) -> Run {
     hosts.a.send(guest.pid, receiver, &["--mode", "hybrid"])
+}
+
+/// Both agents, the receiver standing still at a step.
+fn standing_at<'h>(hosts: &'h Hosts, guest: &Guest, step: &str, how: &[&str]) -> (Process<'h>, Receiver<'h>) {
+    let number = (Signal::SIGSTOP as i32).to_string();
+    let env = [("MIGRATE_AT", step), ("MIGRATE_AT_SIGNAL", number.as_str())];
+    let (sender, receiver) = steps::start(hosts, guest, Victim::Receiver, how, &env);
+    assert!(stands(&receiver.process), "{}", receiver.process.stderr());
+    (sender, receiver)
 }
 
 #[test]
@@ -139,16 +148,7 @@ fn no_room_for_more_processes() {
         return skip("no cgroup with a limit of processes can be made here");
     };
     let guest = Guest::start(&hosts.a, "threads", &[]);
-    let number = (Signal::SIGSTOP as i32).to_string();
-    let env = [("MIGRATE_AT", "got Round#1"), ("MIGRATE_AT_SIGNAL", number.as_str())];
-    let (sender, receiver) = steps::start(
-        &hosts,
-        &guest,
-        Victim::Receiver,
-        &["--mode", "pre-copy", "--peer-timeout", "10s"],
-        &env,
-    );
-    assert!(stands(&receiver.process), "{}", receiver.process.stderr());
+    let (sender, receiver) = standing_at(&hosts, &guest, "got Round#1", &["--mode", "pre-copy", "--peer-timeout", "10s"]);
     group.take(receiver.process.outer());
     let now = fs::read_to_string(group.0.join("pids.current")).expect("their number");
     group.limit(["pids.max"; 2], now.trim().parse::<u64>().expect("a number") + 3);
@@ -186,16 +186,7 @@ fn memory_runs_out_in_a_round() {
         return skip("no cgroup with a limit of memory can be made here");
     };
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "192")]);
-    let number = (Signal::SIGSTOP as i32).to_string();
-    let env = [("MIGRATE_AT", "got Round#1"), ("MIGRATE_AT_SIGNAL", number.as_str())];
-    let (sender, receiver) = steps::start(
-        &hosts,
-        &guest,
-        Victim::Receiver,
-        &["--mode", "pre-copy", "--peer-timeout", "10s"],
-        &env,
-    );
-    assert!(stands(&receiver.process), "{}", receiver.process.stderr());
+    let (sender, receiver) = standing_at(&hosts, &guest, "got Round#1", &["--mode", "pre-copy", "--peer-timeout", "10s"]);
     group.take(receiver.process.outer());
     group.limit(MEMORY, 96 << 20);
     receiver.process.signal(Signal::SIGCONT);
@@ -210,10 +201,7 @@ fn memory_runs_out_in_a_round() {
 fn a_file_disappears_after_the_preflight() {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "counter", &[]);
-    let number = (Signal::SIGSTOP as i32).to_string();
-    let env = [("MIGRATE_AT", "sent Accept#1"), ("MIGRATE_AT_SIGNAL", number.as_str())];
-    let (sender, receiver) = steps::start(&hosts, &guest, Victim::Receiver, &["--mode", "hybrid"], &env);
-    assert!(stands(&receiver.process), "{}", receiver.process.stderr());
+    let (sender, receiver) = standing_at(&hosts, &guest, "sent Accept#1", &["--mode", "hybrid"]);
     // All that the guest has open.
     let dir = guest.dir().display().to_string();
     shell(&hosts.b, &format!("busybox mount -t tmpfs none {dir}")).expect_code(0);

@@ -147,6 +147,15 @@ fn between_kernels_pre_copied() {
     clock(&vms, "pre-copy");
 }
 
+/// It runs, and sees what it saw on the machine with the other kernel.
+#[track_caller]
+fn well_on(vm: &Vm, guest: &Guest, kind: &str) {
+    assert!(guest.beats(), "{kind} stands still on {}", vm.name());
+    let mut differences = guest.differences();
+    differences.retain(|line| !of_the_kernel(line));
+    assert!(differences.is_empty(), "{kind}, on {}: {differences:#?}", vm.name());
+}
+
 /// Shared memory follows the resume, by minor faults of either kernel.
 #[test]
 fn shared_memory_follows_between_kernels() {
@@ -161,10 +170,7 @@ fn shared_memory_follows_between_kernels() {
         println!("from {}: {pages} pages followed, {}", vm.name(), moved.report["drain"]);
         assert!(pages > 6000.0, "{}", moved.report);
         (vm, pid) = (vms.other(vm), moved.pid);
-        assert!(guest.beats(), "it stands still on {}", vm.name());
-        let mut differences = guest.differences();
-        differences.retain(|line| !of_the_kernel(line));
-        assert!(differences.is_empty(), "on {}: {differences:#?}", vm.name());
+        well_on(vm, &guest, "shared memory");
     }
     guest.quit();
 }
@@ -208,10 +214,7 @@ fn what_a_copy_in_rounds_could_miss_with_soft_dirty() {
             println!("{kind} from {}: {rounds} rounds in {} ms", vm.name(), moved.number("total_ms"));
             assert!(rounds >= 2, "{}", moved.report);
             (vm, pid) = (vms.other(vm), moved.pid);
-            assert!(guest.beats(), "{kind} stands still on {}", vm.name());
-            let mut differences = guest.differences();
-            differences.retain(|line| !of_the_kernel(line));
-            assert!(differences.is_empty(), "{kind}, on {}: {differences:#?}", vm.name());
+            well_on(vm, &guest, kind);
         }
         guest.quit();
     }

@@ -62,7 +62,7 @@ pub struct Compared {
 }
 
 /// A page's [`oracle::hash`]; 0 for zeros.
-fn value(page: &[u8]) -> u64 {
+pub(super) fn value(page: &[u8]) -> u64 {
     if page.iter().all(|b| *b == 0) { 0 } else { oracle::hash(page) }
 }
 

@@ -42,9 +42,9 @@ pub fn can_wait(v: &Vma) -> bool {
     v.backing == Backing::Anonymous && !v.shared && !f.locked && !f.lock_on_fault && !f.wipe_on_fork && !f.droppable
 }
 
-/// Indices of the objects whose pages can follow: shared anonymous memory that no descriptor leads to, and of which no process has a mapping that
+/// Names of the objects whose pages can follow: shared anonymous memory that no descriptor leads to, and of which no process has a mapping that
 /// would not do ([`object`]). Small ones are not worth it.
-pub fn objects(tree: &Tree) -> HashSet<u32> {
+pub fn objects(tree: &Tree, names: &Names) -> HashSet<u32> {
     let mut out: HashSet<u32> = (0..)
         .zip(&tree.objects)
         .filter(|(_, o)| o.kind == ObjectKind::SharedAnonymous && o.size >= LEAST)
@@ -64,7 +64,7 @@ pub fn objects(tree: &Tree) -> HashSet<u32> {
             out.remove(&object);
         }
     }
-    out
+    out.into_iter().filter_map(|o| names.objects.get(o as usize).copied()).collect()
 }
 
 /// The memory of an address space in which they can.
@@ -89,10 +89,9 @@ pub struct Split {
 pub fn split(tree: &Tree, names: &Names, plans: Vec<SpacePlan>, budget: u64, shared: bool) -> Split {
     let mut out = Split::default();
     let mut spare = budget;
-    let objects = if shared { objects(tree) } else { HashSet::new() };
-    let follows = |name: u32| (0..).zip(&names.objects).any(|(o, n)| *n == name && objects.contains(&o));
+    let objects = if shared { objects(tree, names) } else { HashSet::new() };
     for plan in plans {
-        if plan.space >= OBJECT_SPACE && follows(plan.space) && !plan.ranges.is_empty() {
+        if objects.contains(&plan.space) && !plan.ranges.is_empty() {
             if plan.bytes() <= spare {
                 spare -= plan.bytes();
                 out.now.push(plan);

@@ -19,9 +19,9 @@
 //! Nobody can reach the memory but through the mappings of the tree, all of which are registered: this is done for
 //! shared anonymous memory without descriptors alone, since read(2) asks nobody.
 
+use super::audit;
 use crate::{
     image::PAGE,
-    oracle,
     sys::{
         mem,
         region::Region,
@@ -68,7 +68,7 @@ pub struct Put {
 }
 
 impl Object {
-    /// Of `size` bytes. `expected`: (offset, [`oracle::hash`]) of what follows, for the memory oracle.
+    /// Of `size` bytes. `expected`: (offset, [`crate::oracle::hash`]) of what follows, for the memory oracle.
     pub fn open(fd: &impl AsRawFd, size: u64, expected: Option<Vec<(u64, u64)>>) -> io::Result<Object> {
         let memory = Region::map(fd, size as usize, 0)?;
         let start = memory.local(0, size as usize);
@@ -98,9 +98,8 @@ impl Object {
                 if mem::read(me(), self.memory.local(at as usize, PAGE as usize), &mut page).is_err() {
                     continue;
                 }
-                let found = if page == [0; PAGE as usize] { 0 } else { oracle::hash(&page) };
                 out.compared += 1;
-                if expected.get(&at).copied().unwrap_or(0) != found {
+                if expected.get(&at).copied().unwrap_or(0) != audit::value(&page) {
                     out.different.push(at);
                 }
             }
@@ -126,6 +125,7 @@ fn me() -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oracle;
     use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
     use std::os::{fd::OwnedFd, unix::fs::FileExt};
 

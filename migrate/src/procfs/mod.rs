@@ -51,6 +51,14 @@ pub fn read(pid: i32, name: &str) -> io::Result<Vec<u8>> {
     })
 }
 
+/// A field of /proc/meminfo in bytes (proc_meminfo(5)), such as "MemAvailable". None: there is none.
+pub fn meminfo(field: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'))?;
+    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
+    Some(kib << 10)
+}
+
 /// Whether what was looked at is gone: its process or thread has ended in between, most likely.
 pub fn vanished(e: &io::Error) -> bool {
     e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)

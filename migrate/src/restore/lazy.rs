@@ -100,44 +100,58 @@ impl Rebuild {
 
     /// Makes pages of shared memory, without content, of which the source says that they will follow. Those that are there already stay what they are.
     pub fn expect(&mut self, ranges: &[Ranges]) -> Result<(), PilotError> {
+        self.make_pages(ranges).map(drop)
+    }
+
+    /// The same; returns the objects, by their indices, with the pages.
+    fn make_pages<'r>(&mut self, ranges: impl IntoIterator<Item = &'r Ranges>) -> Result<Vec<(usize, PageSet)>, PilotError> {
         let made = |e| PilotError::agent("make pages of shared memory")(e);
-        for r in ranges {
-            let (o, pages) = self.follows(r)?;
-            let name = self.names.objects[o];
-            let known = self.expected.entry(name).or_default();
+        let all = self.follows(ranges)?;
+        for (o, pages) in &all {
+            let known = self.expected.entry(self.names.objects[*o]).or_default();
             let mut new = pages.difference(known);
             if new.ranges().len() > MANY {
                 // What was written in rounds is there.
-                let there = dump::pages::data(self.objects[o].as_fd(), self.tree.objects[o].size).map_err(made)?;
+                let there = dump::pages::data(self.objects[*o].as_fd(), self.tree.objects[*o].size).map_err(made)?;
                 new.subtract(&PageSet::from_ranges(there));
             }
             for &(a, b) in new.ranges() {
-                rustix::fs::fallocate(&self.objects[o], rustix::fs::FallocateFlags::empty(), a, b - a).map_err(|e| made(e.into()))?;
+                rustix::fs::fallocate(&self.objects[*o], rustix::fs::FallocateFlags::empty(), a, b - a).map_err(|e| made(e.into()))?;
             }
-            known.extend(&pages);
+            known.extend(pages);
         }
-        Ok(())
+        Ok(all)
     }
 
     /// Takes out of a list of hashes, which goes by indices, the pages of shared memory that follow: an older version of them may be here.
     pub fn without_expected(&self, later: &[Ranges], hashes: &mut Vec<(u32, u64, u64)>) {
-        for r in later.iter().filter(|r| r.space >= OBJECT_SPACE) {
-            let Ok((o, pages)) = self.follows(r) else { continue };
+        // What cannot follow is refused when it is registered.
+        let all = self.follows(later.iter().filter(|r| r.space >= OBJECT_SPACE));
+        for (o, pages) in all.into_iter().flatten() {
             hashes.retain(|h| h.0 != OBJECT_SPACE + o as u32 || !pages.contains(h.1));
         }
     }
 
-    /// The object that ranges are of, which can follow.
-    fn follows(&self, r: &Ranges) -> Result<(usize, PageSet), PilotError> {
+    /// The objects that ranges are of, by their indices, which can follow.
+    fn follows<'r>(&self, ranges: impl IntoIterator<Item = &'r Ranges>) -> Result<Vec<(usize, PageSet)>, PilotError> {
         let bad = || wrong("make pages of shared memory");
-        let pages = PageSet::from_ranges(r.unpack().ok_or_else(bad)?);
-        let o = self.names.objects.iter().position(|n| *n == r.space).ok_or_else(bad)?;
-        let size = self.tree.objects[o].size;
-        let inside = size.is_multiple_of(PAGE) && pages.clip(0, size).bytes() == pages.bytes();
-        if !inside || !lazy::objects(&self.tree).contains(&(o as u32)) {
-            return Err(bad());
+        let mut ranges = ranges.into_iter().peekable();
+        if ranges.peek().is_none() {
+            return Ok(Vec::new());
         }
-        Ok((o, pages))
+        let can = lazy::objects(&self.tree, &self.names);
+        let one = |r: &'r Ranges| {
+            let pages = PageSet::from_ranges(r.unpack().ok_or_else(bad)?);
+            let o = self.names.objects.iter().position(|n| *n == r.space).ok_or_else(bad)?;
+            let size = self.tree.objects[o].size;
+            let inside = size.is_multiple_of(PAGE) && pages.clip(0, size).bytes() == pages.bytes();
+            if inside && can.contains(&r.space) {
+                Ok((o, pages))
+            } else {
+                Err(bad())
+            }
+        };
+        ranges.map(one).collect()
     }
 
     /// Registers what misses pages. From here on nothing may touch these pages but the keeper. `watch`: for the memory oracle too, which has to know what
@@ -146,14 +160,12 @@ impl Rebuild {
         let (shared, private): (Vec<&Ranges>, Vec<&Ranges>) = later.iter().partition(|r| r.space >= OBJECT_SPACE);
         let mut pending = Vec::new();
         let mut objects = Vec::new();
-        for r in shared {
-            self.expect(std::slice::from_ref(r))?;
-            let (o, pages) = self.follows(r)?;
+        for (o, pages) in self.make_pages(shared)? {
             objects.push(o as u32);
             let fd = self.objects[o].try_clone().map_err(PilotError::agent("hand over shared memory"))?;
             pending.push(Pending {
                 fd,
-                name: r.space,
+                name: self.names.objects[o],
                 size: self.tree.objects[o].size,
                 missing: pages.ranges().to_vec(),
                 expected: watch.then(Vec::new),

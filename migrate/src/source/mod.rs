@@ -145,7 +145,7 @@ const ASK_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Bytes of memory with content of a tree.
 pub fn memory(d: &dump::tree::Dumped) -> u64 {
-    Counts::of(&d.tree, &d.pids, &d.object_fds).bytes
+    Counts::of(d).bytes
 }
 
 /// The whole of `migrate send`.
@@ -201,7 +201,7 @@ pub async fn send<C: Connector>(
     let id = new_id();
     let host = inv.tree.host.clone();
     let lost = |phase: &'static str| move |e: WireError| Failure::failed(phase, pid, format!("{e}; the program runs on here"));
-    let counts = Counts::of(&inv.tree, &inv.pids, &inv.object_fds);
+    let counts = Counts::of(&inv);
     let message = Message::Inventory(Inventory {
         id: id.clone(),
         tree: inv.tree.clone(),
@@ -378,8 +378,7 @@ pub async fn send<C: Connector>(
     let (mut journal, mut entry) = match journal.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into())) {
         Ok(j) => j,
         Err(e) => {
-            thaw(&tracer).await;
-            link.close("the source gave up").await;
+            give_up(&tracer, None, &mut link).await;
             return Err(Failure::failed(
                 "handover",
                 pid,
@@ -398,9 +397,7 @@ pub async fn send<C: Connector>(
                 (Some(h), later)
             }
             Err(e) => {
-                thaw(&tracer).await;
-                let _ = journal.remove();
-                link.close("the source gave up").await;
+                give_up(&tracer, Some(journal), &mut link).await;
                 return Err(Failure::failed(
                     "handover",
                     pid,
@@ -458,9 +455,7 @@ pub async fn send<C: Connector>(
     let running = match answer {
         Message::Running(r) => r,
         Message::Aborted(reason) => {
-            thaw(&tracer).await;
-            let _ = journal.remove();
-            link.close("the source gave up").await;
+            give_up(&tracer, Some(journal), &mut link).await;
             return Err(Failure::failed(
                 "restore",
                 pid,
@@ -617,6 +612,15 @@ fn has_ended(pid: i32) -> bool {
 /// The program came to its end while it was being moved.
 fn ended(phase: &'static str, pid: i32) -> Failure {
     Failure::failed(phase, pid, "the program has ended meanwhile: there is nothing to move any more")
+}
+
+/// Lets the frozen tree go on, and tells the destination, which may be waiting for that.
+async fn give_up<L: Link>(tracer: &Tracer, journal: Option<Journal>, link: &mut L) {
+    thaw(tracer).await;
+    if let Some(j) = journal {
+        let _ = j.remove();
+    }
+    link.close("the source gave up").await;
 }
 
 fn interrupted(pid: i32) -> Failure {

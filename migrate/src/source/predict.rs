@@ -7,8 +7,11 @@ use super::{
     transfer,
 };
 use crate::{
-    dump::pages::{self, SpacePlan},
-    image::{PAGE, Tree},
+    dump::{
+        pages::{self, SpacePlan},
+        tree::Dumped,
+    },
+    image::PAGE,
     plan::{self, Activity, Forecast, Outlook, forecast},
     report::{Downtime, Range, Report, Round, SendOptions},
     tracer::Tracer,
@@ -18,7 +21,7 @@ use migrate_transport::{Link, sample_compression};
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     time::{Duration, Instant},
 };
 
@@ -31,17 +34,18 @@ pub struct Counts {
 }
 
 impl Counts {
-    pub fn of(tree: &Tree, pids: &[i32], objects: &[OwnedFd]) -> Counts {
+    pub fn of(d: &Dumped) -> Counts {
+        let tree = &d.tree;
         let shared = tree
             .objects
             .iter()
-            .zip(objects)
+            .zip(&d.object_fds)
             .filter_map(|(o, fd)| pages::data(fd.as_fd(), o.size).ok());
         let shared: u64 = shared.flatten().map(|r| r.1 - r.0).sum();
         let private = tree
             .processes
             .iter()
-            .zip(pids)
+            .zip(&d.pids)
             .filter(|(p, _)| p.zombie.is_none())
             .filter_map(|(p, pid)| {
                 let mm = tree.mms.get(p.mm as usize)?;

@@ -730,11 +730,9 @@ impl Tracks {
         if !self.shared_follows {
             return HashSet::new();
         }
-        let all = lazy::objects(tree)
-            .into_iter()
-            .filter_map(|o| names.objects.get(o as usize).copied());
         let contents = self.shared.contents();
-        let all: HashSet<u32> = all.filter(|name| !contents.knows(*name)).collect();
+        let mut all = lazy::objects(tree, names);
+        all.retain(|name| !contents.knows(*name));
         for name in &all {
             self.follows.entry(*name).or_default();
         }

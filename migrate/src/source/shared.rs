@@ -20,7 +20,7 @@ use super::objects::{Changed, Contents};
 use crate::{
     image::{Backing, Kind, ObjectKind, Tree, Vma},
     pages::PageSet,
-    procfs::maps::Mapping,
+    procfs::{self, maps::Mapping},
     restore::rebuild::Names,
     track::listener::Listener,
 };
@@ -105,7 +105,7 @@ impl Shared {
             .filter(|v| tracked(tree, v))
             .map(Vma::len)
             .sum();
-        if mapped == 0 || mapped / 512 > available() / SHARE {
+        if mapped == 0 || mapped / 512 > procfs::meminfo("MemAvailable").unwrap_or(0) / SHARE {
             return None;
         }
         if self.listener.is_none() {
@@ -243,15 +243,6 @@ impl Shared {
         self.last = std::mem::take(&mut self.now);
         Ok((out, compared))
     }
-}
-
-/// Bytes of memory that can be had (proc_meminfo(5), MemAvailable).
-fn available() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    line.and_then(|l| l.split_ascii_whitespace().next()?.parse::<u64>().ok())
-        .unwrap_or(0)
-        << 10
 }
 
 #[cfg(test)]

@@ -69,11 +69,7 @@ pub async fn round<L: Link>(
         bytes: total,
     };
     wire::send(link, &Message::Round(Box::new(begin))).await?;
-    let planned: Vec<(u32, PageSet)> = p
-        .plans
-        .iter()
-        .map(|(plan, _)| (plan.space, PageSet::from_ranges(plan.ranges.iter().copied())))
-        .collect();
+    let planned: Vec<SpacePlan> = p.plans.iter().map(|(plan, _)| plan.clone()).collect();
     let (mut round, fate) = send_pages(link, p.plans, total, number, false, terms, events).await?;
     let applied = match wire::recv(link).await? {
         Message::Applied(a) if a.number == number => a,
@@ -91,12 +87,7 @@ pub async fn round<L: Link>(
             applied.pages, applied.zero, round.pages, round.zero_pages
         )));
     }
-    let sent = |(name, a, b): &(u32, u64, u64)| {
-        planned
-            .iter()
-            .any(|(space, set)| space == name && set.clip(*a, *b).bytes() == b.saturating_sub(*a))
-    };
-    if !applied.missed.iter().all(|m| m.1 < m.2 && sent(m)) {
+    if !within(&applied.missed, &planned) {
         return Err(WireError::Protocol(format!(
             "that it could not write pages of round {number} that were not in it"
         )));
@@ -104,6 +95,23 @@ pub async fn round<L: Link>(
     round.bytes = link.bytes_sent() - before;
     round.ms = start.elapsed().as_secs_f64() * 1000.0;
     Ok((round, applied, fate))
+}
+
+/// Whether pages, (space or object, start, end), are of a round that was planned so.
+fn within(pages: &[(u32, u64, u64)], planned: &[SpacePlan]) -> bool {
+    if pages.is_empty() {
+        return true;
+    }
+    let planned: Vec<(u32, PageSet)> = planned
+        .iter()
+        .map(|p| (p.space, PageSet::from_ranges(p.ranges.iter().copied())))
+        .collect();
+    let sent = |(name, a, b): &(u32, u64, u64)| {
+        planned
+            .iter()
+            .any(|(space, set)| space == name && set.clip(*a, *b).bytes() == b.saturating_sub(*a))
+    };
+    pages.iter().all(|m| m.1 < m.2 && sent(m))
 }
 
 /// Sends the state and every page of the frozen tree that is not at the destination yet.

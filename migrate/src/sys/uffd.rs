@@ -115,23 +115,17 @@ const COPY_MODE_WP: u64 = 2;
 // _IOWR(0xAA, 0x03, struct uffdio_copy)
 const UFFDIO_COPY: u64 = 3 << 30 | 40 << 16 | 0xaa << 8 | 0x03;
 
+/// struct uffdio_zeropage and struct uffdio_continue.
 #[repr(C)]
-struct Zeropage {
+struct Fill {
     start: u64,
     len: u64,
     mode: u64,
     done: i64,
 }
+const _: () = assert!(size_of::<Fill>() == 32);
 // _IOWR(0xAA, 0x04, struct uffdio_zeropage)
 const UFFDIO_ZEROPAGE: u64 = 3 << 30 | 32 << 16 | 0xaa << 8 | 0x04;
-
-#[repr(C)]
-struct Continue {
-    start: u64,
-    len: u64,
-    mode: u64,
-    mapped: i64,
-}
 // _IOWR(0xAA, 0x07, struct uffdio_continue)
 const UFFDIO_CONTINUE: u64 = 3 << 30 | 32 << 16 | 0xaa << 8 | 0x07;
 
@@ -335,28 +329,24 @@ impl Userfault {
 
     /// The same with zeros.
     pub fn zero(&self, start: u64, len: u64) -> (u64, Option<FillError>) {
-        let mut z = Zeropage {
+        self.fill(UFFDIO_ZEROPAGE, start, len)
+    }
+
+    /// Maps pages of shared memory that are there, and wakes who waits for them.
+    pub fn proceed(&self, start: u64, len: u64) -> (u64, Option<FillError>) {
+        self.fill(UFFDIO_CONTINUE, start, len)
+    }
+
+    fn fill(&self, request: u64, start: u64, len: u64) -> (u64, Option<FillError>) {
+        let mut f = Fill {
             start,
             len,
             mode: 0,
             done: 0,
         };
-        // SAFETY: `z` outlives the call.
-        let r = super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_ZEROPAGE, &raw mut z) } as i64);
-        outcome(r, z.done, len)
-    }
-
-    /// Maps pages of shared memory that are there, and wakes who waits for them.
-    pub fn proceed(&self, start: u64, len: u64) -> (u64, Option<FillError>) {
-        let mut c = Continue {
-            start,
-            len,
-            mode: 0,
-            mapped: 0,
-        };
-        // SAFETY: `c` outlives the call.
-        let r = super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_CONTINUE, &raw mut c) } as i64);
-        outcome(r, c.mapped, len)
+        // SAFETY: `f` is what both requests take, and outlives the call.
+        let r = super::check(unsafe { libc::ioctl(self.fd.as_raw_fd(), request, &raw mut f) } as i64);
+        outcome(r, f.done, len)
     }
 
     /// Lets tasks that wait for pages of a range look again.
