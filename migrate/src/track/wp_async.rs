@@ -18,21 +18,27 @@
 //! - The last look by two threads did not pay: 1.35 ms for 4 GiB in place of 1.5. The second core has to wake up first.
 //! - A private page over a file that was dropped shows the file again, present and unarmed or not there at all: the pages held are looked at one
 //!   by one.
+//! - Dropped while it was armed such a page leaves a marker, and the next write to it takes two faults: one maps a copy of the file's page, armed like the
+//!   marker, the second one lets the write through, and only that one tells. Whoever is stopped between the two, or never comes back to that write from a
+//!   signal, leaves a page that looks armed and unwritten and has another content than the one that was sent. Every second stop of a program that did nothing
+//!   but drop and write was such a one. It has the file's content then, so at the last look the pages that nobody is said to have written are held against the file.
 
 use super::{Scan, TrackError, Tracker, over_file};
 use crate::{
-    image::{PAGE, Vma},
+    image::{Backing, PAGE, Vma},
     pages::PageSet,
     sys::{
+        mem::Mem,
         pagemap::{Pagemap, Range},
         uffd::{self, Userfault},
     },
 };
-use std::{io, sync::OnceLock};
+use std::{fs::File, io, os::unix::fs::FileExt, sync::OnceLock};
 
 /// Tracks one address space.
 #[derive(Debug)]
 pub struct WpAsync {
+    pid: i32,
     pagemap: Pagemap,
     uffd: Userfault,
     /// Guard regions seen in rounds: once armed, the fast scan does not show them.
@@ -45,11 +51,14 @@ pub struct WpAsync {
 const BLOCK: u64 = 2 << 20;
 /// Clean pages between two written ones that are looked at along with them: about what one more call costs.
 const NEAR: u64 = 16 * PAGE;
+/// Bytes that are held against the file at a time.
+const COMPARED: usize = 256 << 10;
 
 impl WpAsync {
     /// `fd`: the number that userfaultfd(2) returned inside process `pid`. The caller closes it there.
     pub fn new(pid: i32, fd: i32) -> io::Result<WpAsync> {
         Ok(WpAsync {
+            pid,
             pagemap: Pagemap::open(pid)?,
             uffd: Userfault::take(pid, fd)?,
             guards: PageSet::new(),
@@ -146,15 +155,17 @@ impl WpAsync {
             return self.whole(vma, &mine);
         }
         if over_file {
-            // Small: what a library's data pages are.
-            let mut found = Vec::new();
-            match self.pagemap.take_written(vma.start, vma.end, &mut found) {
+            let (mut own, mut written) = (Vec::new(), Vec::new());
+            match self.pagemap.own_pages(vma.start, vma.end, &mut own, &mut written) {
                 Err(e) if e.raw_os_error() == Some(libc::EPERM) => return self.whole(vma, &mine),
                 r => r.map_err(changed)?,
             }
-            self.note(&found, true, &mut scan);
-            scan.gone = self.reverted(vma, held)?;
-            scan.dirty.subtract(&scan.gone);
+            self.note(&own, true, &mut scan);
+            scan.gone = mine.difference(&scan.dirty);
+            let mut kept = mine.intersection(&scan.dirty);
+            kept.subtract(&PageSet::from_ranges(written));
+            scan.dirty.subtract(&kept);
+            scan.dirty.extend(&self.like_the_file(vma, &kept));
             return Ok(scan);
         }
         let blocks = blocks(&mine, vma);
@@ -189,6 +200,44 @@ impl WpAsync {
         Ok(scan)
     }
 
+    /// Those of these pages of a stopped process that have the file's content, or cannot be held against it.
+    fn like_the_file(&self, vma: &Vma, pages: &PageSet) -> PageSet {
+        let (Backing::File { offset, .. } | Backing::Object { offset, .. }) = vma.backing else {
+            return pages.clone();
+        };
+        if pages.is_empty() {
+            return PageSet::new();
+        }
+        let opened = mapped(self.pid, vma).and_then(|file| Ok((file, Mem::open(self.pid)?)));
+        let (file, mem) = match opened {
+            Ok(opened) => opened,
+            Err(e) => {
+                tracing::debug!(error = %e, "{} pages at {:x} are sent again", pages.pages(), vma.start);
+                return pages.clone();
+            }
+        };
+        let mut out = PageSet::new();
+        let (mut own, mut behind) = (vec![0; COMPARED], vec![0; COMPARED]);
+        for &(start, end) in pages.ranges() {
+            for at in (start..end).step_by(COMPARED) {
+                let len = (end - at).min(COMPARED as u64) as usize;
+                let read = mem
+                    .read(at, &mut own[..len])
+                    .and_then(|()| read_padded(&file, &mut behind[..len], offset + (at - vma.start)));
+                if read.is_err() {
+                    out.insert(at, at + len as u64);
+                    continue;
+                }
+                let both = own[..len].chunks(PAGE as usize).zip(behind.chunks(PAGE as usize));
+                for (k, _) in both.enumerate().filter(|(_, (a, b))| a == b) {
+                    let page = at + k as u64 * PAGE;
+                    out.insert(page, page + PAGE);
+                }
+            }
+        }
+        out
+    }
+
     /// A mapping that is not registered, or not wholly: everything in it is new.
     fn whole(&self, vma: &Vma, held: &PageSet) -> Result<Scan, TrackError> {
         let mut scan = Scan {
@@ -208,6 +257,26 @@ impl WpAsync {
         scan.gone = held.difference(&scan.dirty);
         Ok(scan)
     }
+}
+
+/// The file behind a mapping, whatever its name is by now.
+fn mapped(pid: i32, vma: &Vma) -> io::Result<File> {
+    File::open(format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end))
+}
+
+/// Reads a file as a mapping shows it: zeros after its end.
+fn read_padded(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < buf.len() {
+        match file.read_at(&mut buf[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    buf[done..].fill(0);
+    Ok(())
 }
 
 /// The blocks of a mapping in which pages are held.
@@ -275,7 +344,7 @@ pub fn available() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::{Backing, VmaFlags};
+    use crate::image::VmaFlags;
 
     fn vma(start: u64, end: u64) -> Vma {
         Vma {
@@ -364,4 +433,144 @@ mod tests {
         // SAFETY: all of it is this test's own.
         unsafe { libc::munmap(low.byte_sub(HALF / 2), 5 * HALF) };
     }
+
+    /// Pages of the mapping in [`a_page_dropped_while_armed_and_about_to_be_written_shows`].
+    const PAGES: usize = 64;
+    const LEN: usize = PAGES * PAGE as usize;
+
+    /// Writes pages whole, gives the lot back, and writes each again, for ever.
+    fn drop_and_write(at: *mut u8) -> ! {
+        for byte in (1..=200).cycle() {
+            for page in 0..PAGES {
+                // SAFETY: the caller's mapping.
+                unsafe { at.add(page * PAGE as usize).write_bytes(byte, PAGE as usize) };
+            }
+            // The tracker looks in a pause, if anywhere.
+            // SAFETY: plain calls on that mapping.
+            unsafe {
+                libc::usleep(300);
+                libc::madvise(at.cast(), LEN, libc::MADV_DONTNEED);
+            }
+            for page in 0..PAGES {
+                // SAFETY: as above.
+                unsafe { at.add(page * PAGE as usize).write_volatile(byte) };
+            }
+        }
+        unreachable!("a cycle has no end")
+    }
+
+    /// A program stopped at any moment between the drop of pages and the write to them: what the destination would have, by what the tracker said, is what the
+    /// program has.
+    #[test]
+    fn a_page_dropped_while_armed_and_about_to_be_written_shows() {
+        const NAME: &str = "a_page_dropped_while_armed_and_about_to_be_written_shows";
+        if !available() {
+            return eprintln!("SKIP {NAME}: no WP_ASYNC");
+        }
+        let file = tempfile::tempfile().unwrap();
+        let behind = vec![b'f'; PAGE as usize];
+        (0..PAGES as u64).for_each(|k| file.write_all_at(&behind, k * PAGE).unwrap());
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
+        // SAFETY: a new mapping.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), LEN, prot, flags, std::os::fd::AsRawFd::as_raw_fd(&file), 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        let flags = libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
+        // SAFETY: the child makes only system calls.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            // SAFETY: as above; the descriptor is the child's, with the number that the parent expects.
+            unsafe {
+                let fd = libc::syscall(libc::SYS_userfaultfd, flags) as i32;
+                libc::dup2(fd, CHILDS);
+                libc::raise(libc::SIGSTOP);
+                drop_and_write(at.cast());
+            }
+        }
+        let child = Child(pid);
+        child.stops();
+        let start = at as u64;
+        let vma = Vma {
+            backing: Backing::Object {
+                object: 0,
+                offset: 0,
+                writable: true,
+            },
+            ..vma(start, start + LEN as u64)
+        };
+        let mut tracker = WpAsync::new(pid, CHILDS).unwrap();
+        tracker.adopt(&[(vma.start, vma.end)]);
+        let mem = Mem::open(pid).unwrap();
+        let page = |at: u64| {
+            let mut page = vec![0; PAGE as usize];
+            mem.read(at, &mut page).map(|()| page)
+        };
+        // What the destination has.
+        let mut copy = std::collections::BTreeMap::new();
+        let mut held = PageSet::new();
+        let (mut tricky, mut stops) = (0, 0);
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while stops < 300 || tricky < 30 {
+            assert!(
+                std::time::Instant::now() < end,
+                "{stops} stops, {tricky} pages of the kind that is looked for"
+            );
+            for last in [false, true] {
+                // SAFETY: the child from above.
+                unsafe { libc::kill(pid, if last { libc::SIGSTOP } else { libc::SIGCONT }) };
+                if last {
+                    child.stops();
+                    stops += 1;
+                } else {
+                    std::thread::sleep(std::time::Duration::from_micros(stops * 7 % 900));
+                }
+                // What a round sends it reads after its look, from a program that runs.
+                let scan = tracker.scan(&vma, &held, last).unwrap();
+                scan.gone.ranges().iter().for_each(|r| held.remove(r.0, r.1));
+                held.extend(&scan.dirty);
+                copy.retain(|at, _| held.contains(*at));
+                for at in scan.dirty.ranges().iter().flat_map(|r| (r.0..r.1).step_by(PAGE as usize)) {
+                    copy.insert(at, page(at).unwrap());
+                }
+                if last {
+                    let (mut own, mut written) = (Vec::new(), Vec::new());
+                    tracker.pagemap.own_pages(vma.start, vma.end, &mut own, &mut written).unwrap();
+                    let mut own = PageSet::from_ranges(own.iter().map(|r| (r.start, r.end)));
+                    own.subtract(&PageSet::from_ranges(written));
+                    for at in (vma.start..vma.end).step_by(PAGE as usize) {
+                        let now = page(at).unwrap();
+                        tricky += u64::from(own.contains(at) && now == behind);
+                        assert!(*copy.get(&at).unwrap_or(&behind) == now, "page {at:x} at stop {stops}");
+                    }
+                }
+            }
+        }
+        eprintln!("{stops} stops, {tricky} pages between their two faults");
+        // SAFETY: the mapping from above.
+        unsafe { libc::munmap(at, LEN) };
+    }
+
+    /// A child of this process, which nobody else waits for.
+    struct Child(i32);
+
+    impl Child {
+        fn stops(&self) {
+            let mut status = 0;
+            // SAFETY: `status` outlives the call.
+            assert_eq!(unsafe { libc::waitpid(self.0, &raw mut status, libc::WUNTRACED) }, self.0);
+            assert!(libc::WIFSTOPPED(status), "the child ended: {status:x}");
+        }
+    }
+
+    impl Drop for Child {
+        fn drop(&mut self) {
+            // SAFETY: no memory is involved.
+            unsafe {
+                libc::kill(self.0, libc::SIGKILL);
+                libc::waitpid(self.0, std::ptr::null_mut(), 0);
+            }
+        }
+    }
+
+    /// A number that no descriptor of the tests has.
+    const CHILDS: i32 = 999;
 }
