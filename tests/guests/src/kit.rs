@@ -155,6 +155,15 @@ pub fn bind(cpu: usize) -> io::Result<()> {
     sys!(sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &one)).map(drop)
 }
 
+/// This thread, and those that it starts, run only on the cpu where it runs now. Four threads that spin beside six that sleep a millisecond at a time, on two cpus and in
+/// a session of their own, kept the kernel's own threads off both of them for minutes on Linux 6.18 (sched_autogroup_enabled; the weight of such a session changes
+/// with every tick, and with it its share starts anew): ksoftirqd among them, so that the network was dead. On one cpu the weight stays what it is.
+pub fn bind_here() -> io::Result<()> {
+    // SAFETY: no pointers.
+    let cpu = sys!(sched_getcpu())?;
+    bind(cpu as usize)
+}
+
 /// Lets everything else go first: a thread that spins would keep the kernel's own threads (and with them the network) off a machine with few cores.
 pub fn yield_to_others() {
     // SAFETY: no pointers; 0 is this thread.

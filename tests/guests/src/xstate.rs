@@ -273,6 +273,7 @@ pub fn xstate(mut kit: Kit) -> io::Result<ExitCode> {
         rounds: AtomicU32,
         wrong: Mutex<Option<String>>,
     }
+    crate::kit::bind_here()?;
     let mut workers = Vec::new();
     for (name, run) in kinds {
         for sleeps in [false, true] {
