@@ -10,7 +10,7 @@ use crate::{
     journal::{self, Entry, Journal, Side, Stage},
     laps::Laps,
     lazy::{
-        fetch::{Drain, Hub},
+        fetch::{Drain, Hub, Question},
         keeper::{Armed, Keeper, Pending},
         object,
     },
@@ -29,7 +29,7 @@ use crate::{
     sys::{awake::Awake, misc, priority::Background},
     tracer::Tracer,
     track,
-    wire::{self, Accept, Applied, Attach, Attached, Channel, Message, Ranges, RoundStart, Running, State, WireError},
+    wire::{self, Accept, Applied, Attach, Attached, Channel, Goodbye, Message, Ranges, RoundStart, Running, State, WireError},
 };
 use migrate_transport::{Link, PageFrame, PageReceiver};
 use std::{
@@ -97,9 +97,12 @@ pub async fn serve<L: Link>(
     let inv = match first {
         Message::Query(id) => {
             let m = answer(&state_dir, &id);
-            let _ = wire::send(&mut link, &m).await;
+            let sent = wire::send(&mut link, &m).await;
             // The source closes once it has read the answer.
             let _ = tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await;
+            if sent.is_ok() && !matches!(m, Message::Pending) {
+                hub.note_answered(&id);
+            }
             return Ok(Served::Answered);
         }
         Message::Attach(a) => return attach(link, a, &state_dir, &events, &cancel, &hub).await,
@@ -117,6 +120,7 @@ pub async fn serve<L: Link>(
         return Err(lost("inventory")(WireError::Protocol("an id that is none".into())));
     }
     let id = inv.id.clone();
+    let question = hub.question(&id);
     let (check_only, lazy, memory) = (inv.check_only, inv.lazy, inv.memory);
     inv.tree
         .validate()
@@ -223,16 +227,19 @@ pub async fn serve<L: Link>(
         Err(reason) => {
             // Everything built so far dies with its guard. Whoever asks later hears the same: nothing is known of it.
             let began = site.copy.is_some();
-            drop(site.copy.take());
+            drop((site.copy.take(), site.keeper.take(), site.awake.take(), slot));
             if let Ok((journal, _)) = Journal::open(&state_dir, &id, Side::Destination) {
                 let _ = journal.remove();
             }
             let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
-            read_out(&mut link).await;
-            let m = if began {
-                "nothing runs here, the source was told"
-            } else {
-                "nothing was started here"
+            let silent = read_out(&mut link).await;
+            let told = !silent || !began || asked(&question, &events, &cancel).await;
+            let m = match (began, told) {
+                (false, _) => "nothing was started here",
+                (true, true) => "nothing runs here, the source was told",
+                (true, false) => {
+                    "nothing runs here; the source was not told, and has not asked. If it waits for that, `migrate recover` there asks again"
+                }
             };
             return Err(Failure::failed("restore", 0, format!("{reason}; {m}")));
         }
@@ -292,8 +299,10 @@ pub async fn serve<L: Link>(
     } else {
         let left = cleaning.await;
         // One that is merely gone keeps its originals stopped, and asks.
-        if told.is_ok() && wire::goodbye(&mut link).await {
-            let _ = journal.remove();
+        match wire::goodbye(&mut link).await {
+            Goodbye::Said if told.is_ok() => _ = journal.remove(),
+            Goodbye::Silence => _ = asked(&question, &events, &cancel).await,
+            _ => {}
         }
         left
     };
@@ -338,10 +347,35 @@ async fn refuse<L: Link>(link: &mut L, blockers: Vec<Blocker>) {
 }
 
 /// Waits until the source closes, which it does once it has read what it was told last: ended before that, it would have to ask, and could not say what became
-/// of the tree. What it had sent before it read that, the handover above all, may come first.
-async fn read_out<L: Link>(link: &mut L) {
-    let closed = async { while wire::recv(link).await.is_ok() {} };
-    let _ = tokio::time::timeout(Duration::from_secs(10), closed).await;
+/// of the tree. What it had sent before it read that, the handover above all, may come first. True: it has not closed but fallen silent.
+async fn read_out<L: Link>(link: &mut L) -> bool {
+    let closed = async {
+        loop {
+            if let Err(e) = wire::recv(link).await {
+                return e.is_silence();
+            }
+        }
+    };
+    tokio::time::timeout(wire::GOODBYE, closed).await.unwrap_or(false)
+}
+
+/// How long a source that has fallen silent is waited for. It notices the silence when this side does, more or less, and asks for [`crate::source::ASK_PATIENCE`].
+const ASKED_WITHIN: Duration = Duration::from_secs(60);
+
+/// Waits until a source that has fallen silent asks what became of its tree, on another connection: a receiver that ends before that, as one with `--once` does,
+/// leaves it with originals that it may neither resume nor end. False: it has not asked.
+async fn asked<L>(question: &Question<'_, L>, events: &Events, cancel: &CancellationToken) -> bool {
+    events(Event::Note {
+        text: format!(
+            "the source has fallen silent; it may ask what became of the program, for which it gets {} s",
+            ASKED_WITHIN.as_secs()
+        ),
+    });
+    tokio::select! {
+        () = question.answered() => true,
+        () = tokio::time::sleep(ASKED_WITHIN) => false,
+        () = cancel.cancelled() => false,
+    }
 }
 
 /// A further connection of a migration that is under way; or the first one to a receiver that was started again while pages were missing.

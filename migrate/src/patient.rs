@@ -36,6 +36,7 @@ fn stalled(peer: &str, limit: Duration) -> LinkError {
             limit.as_secs_f64().round()
         ),
         clean: false,
+        silent: false,
     }
 }
 

@@ -34,8 +34,8 @@ use std::time::Duration;
 
 /// The reason a source closes with once it has heard Running and ended its originals.
 pub const DONE: &str = "done";
-/// How long a source may take to say that it has heard of the end.
-const GOODBYE: Duration = Duration::from_secs(10);
+/// How long a source may take to say that it has heard of the end: longer than a link is silent before it is given up.
+pub const GOODBYE: Duration = Duration::from_secs(45);
 
 /// Revision of every message here.
 pub const VERSION: u16 = 4;
@@ -315,6 +315,13 @@ pub enum WireError {
     Protocol(String),
 }
 
+impl WireError {
+    /// Whether nothing was heard from the peer, which may be there all the same.
+    pub fn is_silence(&self) -> bool {
+        matches!(self, WireError::Link(e) if e.is_silence())
+    }
+}
+
 /// A piece of a message that is longer than a section may be; the last piece has the message's own kind.
 const PART: u16 = 100;
 const PART_LEN: usize = 8 << 20;
@@ -341,10 +348,26 @@ pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
     Ok(())
 }
 
-/// Whether the source says goodbye soon: only one that does has ended its originals, and will never ask again.
-pub async fn goodbye<L: Link>(link: &mut L) -> bool {
-    let end = tokio::time::timeout(GOODBYE, recv(link)).await;
-    matches!(end, Ok(Err(WireError::Link(LinkError::Closed { clean: true, ref reason, .. }))) if reason == DONE)
+/// How a source goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goodbye {
+    /// It has ended its originals, and will never ask again.
+    Said,
+    /// Nothing is heard from it any more.
+    Silence,
+    /// Otherwise, or not yet.
+    Not,
+}
+
+/// Whether the source says goodbye soon.
+pub async fn goodbye<L: Link>(link: &mut L) -> Goodbye {
+    match tokio::time::timeout(GOODBYE, recv(link)).await {
+        Ok(Err(WireError::Link(LinkError::Closed {
+            clean: true, ref reason, ..
+        }))) if reason == DONE => Goodbye::Said,
+        Ok(Err(e)) if e.is_silence() => Goodbye::Silence,
+        _ => Goodbye::Not,
+    }
 }
 
 /// Receives a message.

@@ -3,6 +3,7 @@
 mod drain;
 mod links;
 mod resources;
+mod silence;
 mod steps;
 
 use migrate_harness::{Guest, Host, Hosts, Stdio, eventually, programs, two_hosts, within};

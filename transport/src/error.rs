@@ -23,6 +23,8 @@ pub enum LinkError {
         reason: String,
         /// True when a side closed it on purpose; false when it was lost (time-out, reset, cut).
         clean: bool,
+        /// Lost because nothing was heard from the peer, which may be there all the same.
+        silent: bool,
     },
     /// The peer broke a rule of the protocol. Nothing it sent after that is used.
     #[error("{peer} broke the protocol: {rule}")]
@@ -53,6 +55,11 @@ pub enum LinkError {
 }
 
 impl LinkError {
+    /// Whether it was lost only because nothing was heard from the peer.
+    pub fn is_silence(&self) -> bool {
+        matches!(self, Self::Closed { silent: true, .. })
+    }
+
     /// Whether the link itself is gone, so that reconnecting is the only way on.
     pub fn is_closed(&self) -> bool {
         matches!(self, Self::Closed { .. })

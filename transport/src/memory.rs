@@ -123,6 +123,17 @@ fn gone(reason: &str, clean: bool) -> LinkError {
         peer: "the other end".into(),
         reason: reason.into(),
         clean,
+        silent: false,
+    }
+}
+
+/// As [`gone`], by a cut.
+fn silent(idle_timeout: Duration) -> LinkError {
+    LinkError::Closed {
+        peer: "the other end".into(),
+        reason: format!("nothing was heard from it for {idle_timeout:.0?}"),
+        clean: false,
+        silent: true,
     }
 }
 
@@ -163,11 +174,11 @@ impl Wire {
             return;
         }
         state.cut_at = Some(now);
-        let reason = format!("nothing was heard from it for {:.0?}", state.config.idle_timeout);
+        let error = silent(state.config.idle_timeout);
         let at = now + state.config.idle_timeout;
         self.0.ends.send_modify(|ends| {
             for end in ends.iter_mut() {
-                end.get_or_insert_with(|| (at, gone(&reason, false)));
+                end.get_or_insert_with(|| (at, error.clone()));
             }
         });
     }

@@ -39,7 +39,7 @@ pub enum Congestion {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Tuning {
-    /// Silence after which the peer counts as gone.
+    /// Silence after which the peer counts as gone, not counting what this host stood still meanwhile.
     pub idle_timeout: Duration,
     /// How often a packet is sent when there is nothing to say.
     pub keep_alive: Duration,

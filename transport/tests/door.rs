@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -346,6 +346,53 @@ async fn a_peer_that_dies_is_noticed() {
         "long before the idle time-out: {:?}",
         begun.elapsed()
     );
+}
+
+/// Passes datagrams on between one client and the address, until it is told that the cable is out.
+fn relay(to: SocketAddr) -> (String, Arc<AtomicBool>) {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = socket.local_addr().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let out = Arc::new(AtomicBool::new(false));
+    let cut = out.clone();
+    tokio::spawn(async move {
+        let socket = tokio::net::UdpSocket::from_std(socket).unwrap();
+        let mut client = None;
+        let mut bytes = vec![0; 65_536];
+        while let Ok((len, from)) = socket.recv_from(&mut bytes).await {
+            let next = if from == to { client } else { Some(to) };
+            if from != to {
+                client = Some(from);
+            }
+            if let Some(next) = next.filter(|_| !cut.load(Ordering::Relaxed)) {
+                let _ = socket.send_to(&bytes[..len], next).await;
+            }
+        }
+    });
+    (address.to_string(), out)
+}
+
+#[tokio::test]
+async fn silence_is_told_from_a_death() {
+    let mut tuning = Tuning::default();
+    tuning.keep_alive = Duration::from_millis(100);
+    tuning.idle_timeout = Duration::from_millis(1500);
+    let (source, destination) = (Host::new(), Host::new());
+    source.trust(&destination);
+    destination.trust(&source);
+    let listener = destination.listen_with(tuning.clone()).await;
+    let (address, cut) = relay(listener.local_addr());
+    let there = quic::connect_with(&address, &source.id, &source.store, None, &tuning);
+    let (there, here) = tokio::join!(there, listener.accept());
+    let (mut there, mut here) = (there.unwrap(), here.unwrap());
+    cut.store(true, Ordering::Relaxed);
+    let begun = Instant::now();
+    let (a, b) = within(20, async { tokio::join!(there.recv(), here.recv()) }).await;
+    for error in [a.unwrap_err(), b.unwrap_err()] {
+        assert!(error.is_silence() && error.is_closed(), "{error}");
+        assert!(error.to_string().contains("nothing was heard"), "{error}");
+    }
+    assert!(begun.elapsed() >= Duration::from_millis(1300), "{:?}", begun.elapsed());
 }
 
 #[tokio::test]

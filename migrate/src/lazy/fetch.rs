@@ -11,7 +11,7 @@ use crate::{
     image::PAGE,
     report::{Event, Events},
     sys::{awake::AwakeWhile, region::Region},
-    wire::{self, Attached, Channel, Fault, Message, Ranges},
+    wire::{self, Attached, Channel, Fault, Goodbye, Message, Ranges},
 };
 use migrate_transport::{Link, PageFrame, PageReceiver};
 use std::{
@@ -23,22 +23,27 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::unix::{OwnedReadHalf, OwnedWriteHalf},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 use tokio_util::sync::CancellationToken;
 
 /// Slots of the ring that only answers to faults may use.
 const URGENT: u32 = 4;
 
-/// New connections of migrations that are under way.
+/// New connections of migrations that are under way, and which sources have asked what became of theirs.
 #[derive(Debug)]
 pub struct Hub<L> {
     open: Mutex<HashMap<String, mpsc::UnboundedSender<(Channel, L)>>>,
+    /// Of migrations that are served: whether their source has heard what became of them.
+    answered: watch::Sender<HashMap<String, bool>>,
 }
 
 impl<L> Default for Hub<L> {
     fn default() -> Self {
-        Hub { open: Mutex::default() }
+        Hub {
+            open: Mutex::default(),
+            answered: watch::Sender::default(),
+        }
     }
 }
 
@@ -52,6 +57,21 @@ impl<L> Hub<L> {
         let (tx, rx) = mpsc::unbounded_channel();
         open.insert(id.to_owned(), tx);
         Some(rx)
+    }
+
+    /// From now on it is known whether the source of this migration has asked, and heard, what became of it.
+    pub fn question(&self, id: &str) -> Question<'_, L> {
+        self.answered.send_modify(|all| _ = all.insert(id.to_owned(), false));
+        Question {
+            hub: self,
+            id: id.to_owned(),
+        }
+    }
+
+    /// The source of this migration has heard what became of it.
+    pub fn note_answered(&self, id: &str) {
+        self.answered
+            .send_if_modified(|all| all.get_mut(id).is_some_and(|answered| !std::mem::replace(answered, true)));
     }
 
     /// Whether somebody takes connections of this migration.
@@ -68,6 +88,27 @@ impl<L> Hub<L> {
             Some(tx) => tx.send((channel, link)).map_err(|e| e.0.1),
             None => Err(link),
         }
+    }
+}
+
+/// See [`Hub::question`].
+pub struct Question<'h, L> {
+    hub: &'h Hub<L>,
+    id: String,
+}
+
+impl<L> Question<'_, L> {
+    /// Waits until it was asked and answered.
+    pub async fn answered(&self) {
+        let mut all = self.hub.answered.subscribe();
+        // The sender lives as long as the hub: there is no error.
+        let _ = all.wait_for(|all| all.get(&self.id) == Some(&true)).await;
+    }
+}
+
+impl<L> Drop for Question<'_, L> {
+    fn drop(&mut self) {
+        self.hub.answered.send_modify(|all| _ = all.remove(&self.id));
     }
 }
 
@@ -273,7 +314,7 @@ async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, s
                     return false;
                 }
                 if matches!(m, Message::Drained(_)) {
-                    return wire::goodbye(&mut link).await;
+                    return wire::goodbye(&mut link).await == Goodbye::Said;
                 }
             }
             s = link.accept_pages() => {

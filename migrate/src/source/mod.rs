@@ -141,7 +141,7 @@ pub fn new_id() -> String {
 }
 
 /// How long an answer to the handover is looked for before the operator has to decide when to go on (`migrate recover`).
-const ASK_PATIENCE: Duration = Duration::from_secs(20);
+pub const ASK_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Bytes of memory with content of a tree.
 pub fn memory(d: &dump::tree::Dumped) -> u64 {

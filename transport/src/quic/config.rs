@@ -29,6 +29,7 @@ use quinn::{
 use super::{
     Congestion, Tuning,
     socket::{self, CappedSocket},
+    watch,
 };
 use crate::trust::{
     Identity,
@@ -130,7 +131,7 @@ fn transport(tuning: &Tuning, datagram: u16) -> TransportConfig {
         .receive_window(tuning.receive_window.into())
         .stream_receive_window(tuning.stream_window.into())
         .send_window(tuning.send_window.into())
-        .max_idle_timeout(IdleTimeout::try_from(tuning.idle_timeout).ok())
+        .max_idle_timeout(IdleTimeout::try_from(tuning.idle_timeout * watch::PAUSE).ok())
         .keep_alive_interval(Some(tuning.keep_alive))
         // Only until the first answer: a lost first packet is sent again after three times this.
         .initial_rtt(Duration::from_millis(100));

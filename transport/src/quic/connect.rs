@@ -286,6 +286,7 @@ fn closed(addr: SocketAddr, reason: String) -> ConnectError {
         peer: addr.to_string(),
         reason,
         clean: false,
+        silent: false,
     }
     .into()
 }

@@ -10,7 +10,10 @@ use bytes::Bytes;
 use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, StoppedError, WriteError};
 use tokio::{task::AbortHandle, time};
 
-use super::{Endpoints, Tuning, code, watch};
+use super::{
+    Endpoints, Tuning, code,
+    watch::{self, Lost},
+};
 use crate::{
     error::LinkError,
     frame::{FrameError, PageDecoder, PageEncoder, SectionDecoder, section},
@@ -26,12 +29,14 @@ struct Shared {
     conn: Connection,
     peer: Arc<str>,
     /// Why the watch closed the connection, if it did.
-    lost: Arc<OnceLock<&'static str>>,
+    lost: Arc<OnceLock<Lost>>,
     idle_timeout: Duration,
 }
 
 impl Shared {
     fn closed(&self, error: &ConnectionError) -> LinkError {
+        let silence = || (format!("nothing was heard from it for {:.0?}", self.idle_timeout), false);
+        let mut silent = false;
         let (reason, clean) = match error {
             ConnectionError::ApplicationClosed(close) => {
                 let words = printable(&close.reason);
@@ -43,10 +48,17 @@ impl Shared {
                 }
             }
             ConnectionError::LocallyClosed => match self.lost.get() {
-                Some(reason) => ((*reason).into(), false),
+                Some(Lost::Dead) => ("its host says that the agent's port is closed: the agent has died".into(), false),
+                Some(Lost::Silent) => {
+                    silent = true;
+                    silence()
+                }
                 None => ("closed by this side".into(), true),
             },
-            ConnectionError::TimedOut => (format!("nothing was heard from it for {:.0?}", self.idle_timeout), false),
+            ConnectionError::TimedOut => {
+                silent = true;
+                silence()
+            }
             ConnectionError::Reset => ("it has been restarted and knows nothing of this connection".into(), false),
             other => (other.to_string(), false),
         };
@@ -54,6 +66,7 @@ impl Shared {
             peer: self.peer.to_string(),
             reason,
             clean,
+            silent,
         }
     }
 

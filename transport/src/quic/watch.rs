@@ -12,7 +12,10 @@ use std::{
 };
 
 use quinn::Connection;
-use tokio::{net::UdpSocket, time};
+use tokio::{
+    net::UdpSocket,
+    time::{self, Instant},
+};
 
 use super::{Tuning, code};
 
@@ -37,31 +40,61 @@ async fn probe(addr: SocketAddr) -> io::Result<()> {
     socket.recv(&mut [0]).await.map(drop)
 }
 
-/// Closes the connection when the peer has fallen silent and its host says, twice, that its port is closed: the agent is dead, and there
-/// is no need to wait for the idle time-out.
-pub async fn until_gone(conn: Connection, tuning: Tuning, lost: Arc<OnceLock<&'static str>>) {
+/// Why the watch gave a connection up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lost {
+    /// The peer's host says that nobody has its port.
+    Dead,
+    /// Nothing was heard from it for the idle time-out.
+    Silent,
+}
+
+/// How many idle time-outs this host may stand still without a connection of its being given up for it.
+pub const PAUSE: u32 = 20;
+
+/// Closes the connection when the peer has fallen silent: when its host says, twice, that its port is closed, since then the agent is dead and there is no need
+/// to wait; else after the idle time-out.
+///
+/// QUIC's own time-out goes by a clock that runs on while this host stands still (a virtual machine that is paused, a laptop's lid). Afterwards it finds that
+/// nothing was heard for long before it looks at what has arrived, on both hosts if both stood still, and a handover was lost for nothing. So the silence is
+/// counted here, in steps during which this side was there to hear, and QUIC's is [`PAUSE`] times as long.
+pub async fn until_gone(conn: Connection, tuning: Tuning, lost: Arc<OnceLock<Lost>>) {
     const PATIENCE: Duration = Duration::from_millis(500);
     // A live peer is heard at least once in a keep-alive interval, and once more for its acknowledgement of ours.
-    let silence = tuning.keep_alive * 5 / 2;
+    let suspicious = tuning.keep_alive * 5 / 2;
     let heard = || conn.stats().udp_rx.datagrams;
     let mut last = heard();
+    let mut silence = Duration::ZERO;
     let mut refusals = 0;
+    let give_up = |why| {
+        let _ = lost.set(why);
+        conn.close(code::LOST.into(), b"");
+    };
     loop {
-        let pause = if refusals == 0 { silence } else { PATIENCE };
-        if time::timeout(pause, conn.closed()).await.is_ok() {
+        let step = if refusals == 0 { tuning.keep_alive / 2 } else { PATIENCE };
+        if time::timeout(step, conn.closed()).await.is_ok() {
             return;
         }
         let now = heard();
         if now != last {
-            (last, refusals) = (now, 0);
-        } else if time::timeout(PATIENCE, refused(conn.remote_address())).await.is_err() {
+            (last, silence, refusals) = (now, Duration::ZERO, 0);
+            continue;
+        }
+        silence += step;
+        if silence >= tuning.idle_timeout {
+            return give_up(Lost::Silent);
+        }
+        if silence < suspicious {
+            continue;
+        }
+        let asked = Instant::now();
+        if time::timeout(PATIENCE, refused(conn.remote_address())).await.is_err() {
             refusals = 0;
         } else if refusals == 0 {
             refusals = 1;
         } else {
-            let _ = lost.set("its host says that the agent's port is closed: the agent has died");
-            conn.close(code::LOST.into(), b"");
-            return;
+            return give_up(Lost::Dead);
         }
+        silence += asked.elapsed().min(PATIENCE);
     }
 }
