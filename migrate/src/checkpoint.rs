@@ -480,7 +480,7 @@ impl Image {
             return Err(bad("a frame is too large"));
         }
         let mut list = Vec::with_capacity(runs as usize);
-        let mut content = 0;
+        let mut content = 0u64;
         for _ in 0..runs {
             let mut r = [0; 24];
             self.file.read_exact(&mut r)?;
@@ -490,11 +490,11 @@ impl Image {
             let n = u64::from_le_bytes(r[16..].try_into().unwrap());
             let n = u32::try_from(n).map_err(|_| bad("a run is too long"))?;
             if flags == 0 {
-                content += n;
+                content += u64::from(n);
             }
             list.push((Run::new(space, start, n, flags == ZERO).map_err(io::Error::other)?, flags));
         }
-        if content != pages {
+        if content != u64::from(pages) {
             return Err(bad("a frame does not hold the pages of its runs"));
         }
         let mut data = vec![0; pages as usize * PAGE as usize];

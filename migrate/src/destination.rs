@@ -232,7 +232,7 @@ pub async fn serve<L: Link>(
                 let _ = journal.remove();
             }
             let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
-            let silent = read_out(&mut link).await;
+            let silent = read_out(&mut link, &cancel).await;
             let told = !silent || !began || asked(&question, &events, &cancel).await;
             let m = match (began, told) {
                 (false, _) => "nothing was started here",
@@ -259,7 +259,7 @@ pub async fn serve<L: Link>(
         drop(copy);
         let reason = "the copy ended before it was released".to_owned();
         let _ = wire::send(&mut link, &Message::Aborted(reason.clone())).await;
-        read_out(&mut link).await;
+        read_out(&mut link, &cancel).await;
         return Err(Failure::failed("restore", 0, format!("{reason}; nothing runs here")));
     }
     let running = Running {
@@ -286,8 +286,8 @@ pub async fn serve<L: Link>(
     let left = if let (Some(keeper), Some(links)) = (draining, links) {
         events(Event::Phase { phase: "drain" });
         let lost = |e: String| Failure::failed("drain", pid, e);
-        let drain = Drain::new(keeper, links).map_err(|e| lost(e.to_string()))?;
-        let (drained, left) = tokio::join!(drain.run(Some(link.into_inner()), &events, &cancel), cleaning);
+        let drain = Drain::new(keeper, links, cancel.clone()).map_err(|e| lost(e.to_string()))?;
+        let (drained, left) = tokio::join!(drain.run(Some(link.into_inner()), &events), cleaning);
         let drained = drained.map_err(lost)?;
         if drained.heard {
             let _ = journal.remove();
@@ -299,7 +299,7 @@ pub async fn serve<L: Link>(
     } else {
         let left = cleaning.await;
         // One that is merely gone keeps its originals stopped, and asks.
-        match wire::goodbye(&mut link).await {
+        match wire::goodbye(&mut link, &cancel).await {
             Goodbye::Said if told.is_ok() => _ = journal.remove(),
             Goodbye::Silence => _ = asked(&question, &events, &cancel).await,
             _ => {}
@@ -348,15 +348,8 @@ async fn refuse<L: Link>(link: &mut L, blockers: Vec<Blocker>) {
 
 /// Waits until the source closes, which it does once it has read what it was told last: ended before that, it would have to ask, and could not say what became
 /// of the tree. What it had sent before it read that, the handover above all, may come first. True: it has not closed but fallen silent.
-async fn read_out<L: Link>(link: &mut L) -> bool {
-    let closed = async {
-        loop {
-            if let Err(e) = wire::recv(link).await {
-                return e.is_silence();
-            }
-        }
-    };
-    tokio::time::timeout(wire::GOODBYE, closed).await.unwrap_or(false)
+async fn read_out<L: Link>(link: &mut L, cancel: &CancellationToken) -> bool {
+    wire::goodbye(link, cancel).await == Goodbye::Silence
 }
 
 /// How long a source that has fallen silent is waited for. It notices the silence when this side does, more or less, and asks for [`crate::source::ASK_PATIENCE`].
@@ -416,11 +409,11 @@ async fn attach<L: Link>(
         text: "the program that came before this receiver was started has pages to get: they go on arriving".into(),
     });
     let failed = |e: String| Failure::failed("drain", 0, e);
-    let drain = Drain::new(keeper, links).map_err(|e| failed(e.to_string()))?;
+    let drain = Drain::new(keeper, links, cancel.clone()).map_err(|e| failed(e.to_string()))?;
     // As any later connection: it is told what is missing first.
     hub.pass(&a.id, a.channel, link)
         .map_err(|_| failed("the connection was lost".into()))?;
-    let drained = drain.run(None, events, cancel).await.map_err(failed)?;
+    let drained = drain.run(None, events).await.map_err(failed)?;
     if drained.heard
         && let Ok((journal, _)) = Journal::open(state_dir, &a.id, Side::Destination)
     {

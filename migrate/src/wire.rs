@@ -31,11 +31,14 @@ use crate::{
 use migrate_transport::{Link, LinkError, Section};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 
 /// The reason a source closes with once it has heard Running and ended its originals.
 pub const DONE: &str = "done";
 /// How long a source may take to say that it has heard of the end: longer than a link is silent before it is given up.
-pub const GOODBYE: Duration = Duration::from_secs(45);
+const GOODBYE: Duration = Duration::from_secs(45);
+/// The same when this agent is to end.
+const GOODBYE_CANCELLED: Duration = Duration::from_secs(5);
 
 /// Revision of every message here.
 pub const VERSION: u16 = 4;
@@ -359,14 +362,28 @@ pub enum Goodbye {
     Not,
 }
 
-/// Whether the source says goodbye soon.
-pub async fn goodbye<L: Link>(link: &mut L) -> Goodbye {
-    match tokio::time::timeout(GOODBYE, recv(link)).await {
-        Ok(Err(WireError::Link(LinkError::Closed {
-            clean: true, ref reason, ..
-        }))) if reason == DONE => Goodbye::Said,
-        Ok(Err(e)) if e.is_silence() => Goodbye::Silence,
-        _ => Goodbye::Not,
+/// Whether the source says goodbye soon. What it says before that does not matter any more; a link that is closed for it could lose what the source was told last.
+/// `cancel`: somebody wants this agent to end.
+pub async fn goodbye<L: Link>(link: &mut L, cancel: &CancellationToken) -> Goodbye {
+    let end = async {
+        loop {
+            if let Err(e) = recv(link).await {
+                return e;
+            }
+        }
+    };
+    let cancelled = async {
+        cancel.cancelled().await;
+        tokio::time::sleep(GOODBYE_CANCELLED).await;
+    };
+    tokio::select! {
+        e = end => match e {
+            WireError::Link(LinkError::Closed { clean: true, ref reason, .. }) if reason == DONE => Goodbye::Said,
+            e if e.is_silence() => Goodbye::Silence,
+            _ => Goodbye::Not,
+        },
+        () = tokio::time::sleep(GOODBYE) => Goodbye::Not,
+        () = cancelled => Goodbye::Not,
     }
 }
 

@@ -121,6 +121,8 @@ struct Shared {
     give: [mpsc::UnboundedSender<u32>; 2],
     /// What goes out on each link, while there is one.
     out: Mutex<[Option<mpsc::UnboundedSender<Message>>; 2]>,
+    /// Somebody wants this agent to end.
+    cancel: CancellationToken,
 }
 
 impl Shared {
@@ -174,7 +176,7 @@ pub struct Drained {
 
 impl<L: Link> Drain<L> {
     /// With a keeper that has started. `links`: where the copy's connections come.
-    pub fn new(keeper: Keeper, links: mpsc::UnboundedReceiver<(Channel, L)>) -> io::Result<Drain<L>> {
+    pub fn new(keeper: Keeper, links: mpsc::UnboundedReceiver<(Channel, L)>, cancel: CancellationToken) -> io::Result<Drain<L>> {
         let Keeper { channel, ring } = keeper;
         let (stream, buf) = channel.into_parts();
         stream.set_nonblocking(true)?;
@@ -190,6 +192,7 @@ impl<L: Link> Drain<L> {
                 free: [tokio::sync::Mutex::new(free_bulk), tokio::sync::Mutex::new(free_urgent)],
                 give: [bulk, urgent],
                 out: Mutex::default(),
+                cancel,
             }),
             reader,
             buf,
@@ -218,7 +221,7 @@ impl<L: Link> Drain<L> {
     }
 
     /// Runs to the end of the drain. `bulk`: the control stream, when there is one yet.
-    pub async fn run(mut self, bulk: Option<L>, events: &Events, cancel: &CancellationToken) -> Result<Drained, String> {
+    pub async fn run(mut self, bulk: Option<L>, events: &Events) -> Result<Drained, String> {
         let mut pump: Option<tokio::task::JoinHandle<bool>> = bulk.map(|l| self.attach(Channel::Bulk, l));
         let mut asked = false;
         let start = Instant::now();
@@ -279,7 +282,7 @@ impl<L: Link> Drain<L> {
                     return Err(lost(io::ErrorKind::UnexpectedEof.into()));
                 },
                 Some((channel, link)) = self.links.recv() => self.take(channel, link, &mut pump).await.map_err(lost)?,
-                () = cancel.cancelled(), if !asked => {
+                () = self.shared.cancel.cancelled(), if !asked => {
                     asked = true;
                     events(Event::Note { text: "the program runs here already, and pages it needs are still on their way: this goes on until they have arrived".into() });
                 }
@@ -314,7 +317,7 @@ async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, s
                     return false;
                 }
                 if matches!(m, Message::Drained(_)) {
-                    return wire::goodbye(&mut link).await == Goodbye::Said;
+                    return wire::goodbye(&mut link, &shared.cancel).await == Goodbye::Said;
                 }
             }
             s = link.accept_pages() => {
@@ -354,9 +357,9 @@ mod tests {
         assert!(matches!(channel.recv().unwrap(), FromKeeper::Hello));
         let ring = Region::map(&ring, super::super::ipc::RING, 0).unwrap();
         let (_tx, links) = mpsc::unbounded_channel();
-        let drain = Drain::<MemoryLink>::new(Keeper { channel, ring }, links).unwrap();
-        let (events, cancel): (Events, _) = (Arc::new(|_| {}), CancellationToken::new());
-        let ran = tokio::time::timeout(Duration::from_secs(10), drain.run(None, &events, &cancel)).await;
+        let drain = Drain::<MemoryLink>::new(Keeper { channel, ring }, links, CancellationToken::new()).unwrap();
+        let events: Events = Arc::new(|_| {});
+        let ran = tokio::time::timeout(Duration::from_secs(10), drain.run(None, &events)).await;
         assert_eq!(ran.expect("it goes on by itself").unwrap().stats, stats);
         assert!(matches!(keeper.recv().unwrap(), ToKeeper::Bye));
     }
