@@ -3,10 +3,11 @@
 # make demo     two hosts on this machine, two programs moved between them while a client keeps asking
 # make bench    the figures of the README
 # make chaos    agents killed at random instants, ten times as often as in the tests, and at every step
+# make fuzz     everything that reads bytes of others under libFuzzer (FUZZ=executions of each); takes a C++ compiler
 # make soak     a random workload of mappings moved 200 times, a million operations
 CARGO ?= cargo
 
-.PHONY: all build test demo bench chaos soak tools
+.PHONY: all build test demo bench chaos fuzz soak tools
 all: build
 
 build:
@@ -28,6 +29,9 @@ bench: tools
 
 chaos: tools
 	MIGRATE_CHAOS=10 $(CARGO) test --test failure -- --test-threads=1 --nocapture killed_at_random at_each_step
+
+fuzz:
+	tests/fuzz/run.sh
 
 soak: tools
 	MIGRATE_SOAK=200 $(CARGO) test --test soak -- --test-threads=1 --nocapture

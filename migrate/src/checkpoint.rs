@@ -12,6 +12,7 @@
 use crate::{
     dump::pages,
     image::{PAGE, Tree, codec},
+    pages::PageSet,
     report::{Downtime, Event, Events, Failure, Report, Round, Stdio},
     restore::{
         fds::StdioFds,
@@ -26,7 +27,7 @@ use bytes::Bytes;
 use migrate_transport::{PageFrame, Run};
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs::{self, File, OpenOptions},
     io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
@@ -518,54 +519,70 @@ fn index(dir: &Path, name: &str) -> Result<ParentIndex, Failure> {
     Ok(out)
 }
 
-/// Every page with content of a checkpoint, those of its parents included.
-fn pages_of(dir: &Path, name: &str, sink: &mut dyn FnMut(&Run, Bytes) -> io::Result<()>) -> Result<(), Failure> {
+/// Every page with content of a checkpoint, those of its parents included. Err: it cannot be read, is damaged, or `sink` failed.
+pub fn pages_of(dir: &Path, name: &str, sink: &mut dyn FnMut(&Run, Bytes) -> io::Result<()>) -> Result<(), Failure> {
     fn walk(
         dir: &Path,
         name: &str,
-        depth: u32,
-        want: Option<&std::collections::HashSet<(u32, u64)>>,
+        seen: &mut Vec<String>,
+        want: Option<&BTreeMap<u32, PageSet>>,
         sink: &mut dyn FnMut(&Run, Bytes) -> io::Result<()>,
     ) -> Result<(), Failure> {
-        if depth > 1000 {
-            return Err(Failure::refused("image", 0, "checkpoints are each other's parents", Vec::new()));
+        if seen.iter().any(|s| s == name) {
+            let m = format!("the checkpoints {} are each other's parents", seen.join(", "));
+            return Err(Failure::refused("image", 0, m, Vec::new()));
         }
+        seen.push(name.to_owned());
         let mut image = Image::open(dir, name)?;
         image.verify()?;
         image.state()?;
-        let mut inherited = std::collections::HashSet::new();
+        // Ranges rather than pages: a run of a few bytes may name a terabyte.
+        let mut inherited: BTreeMap<u32, Vec<(u64, u64)>> = BTreeMap::new();
+        let wanted = |space: u32, at: u64| want.is_none_or(|w| w.get(&space).is_some_and(|s| s.contains(at)));
         loop {
             let frame = image.frame().map_err(|e| image.refuse(format!("the image is damaged: {e}")))?;
             let Some(frame) = frame else { break };
             let mut at = 0usize;
             for (run, flags) in &frame.runs {
                 let len = run.pages as usize * PAGE as usize;
-                let each = (0..u64::from(run.pages)).map(|k| (run.space, run.start + k * PAGE));
                 match *flags {
                     0 => {
                         let data = frame.data.slice(at..at + len);
                         at += len;
                         match want {
                             None => sink(run, data),
-                            Some(w) => each.enumerate().filter(|(_, key)| w.contains(key)).try_for_each(|(k, key)| {
-                                let one = Run::new(key.0, key.1, 1, false).map_err(io::Error::other)?;
-                                sink(&one, data.slice(k * PAGE as usize..(k + 1) * PAGE as usize))
-                            }),
+                            Some(_) => (0..u64::from(run.pages))
+                                .map(|k| (k as usize, run.start + k * PAGE))
+                                .filter(|&(_, page)| wanted(run.space, page))
+                                .try_for_each(|(k, page)| {
+                                    let one = Run::new(run.space, page, 1, false).map_err(io::Error::other)?;
+                                    sink(&one, data.slice(k * PAGE as usize..(k + 1) * PAGE as usize))
+                                }),
                         }
                         .map_err(|e| image.refuse(e))?;
                     }
-                    PARENT => inherited.extend(each.filter(|key| want.is_none_or(|w| w.contains(key)))),
+                    PARENT => inherited.entry(run.space).or_default().push((run.start, run.end())),
                     _ => {}
                 }
             }
         }
-        match (&image.info.parent, inherited.is_empty()) {
-            (_, true) => Ok(()),
-            (Some(p), false) => walk(dir, p, depth + 1, Some(&inherited), sink),
-            (None, false) => Err(image.refuse("the image is damaged: pages of a parent it does not name")),
+        let mut inherited: BTreeMap<u32, PageSet> = inherited.into_iter().map(|(space, r)| (space, PageSet::from_ranges(r))).collect();
+        if let Some(want) = want {
+            for (space, pages) in &mut inherited {
+                *pages = want.get(space).map_or_else(PageSet::new, |w| w.intersection(pages));
+            }
         }
+        if inherited.values().all(PageSet::is_empty) {
+            return Ok(());
+        }
+        let Some(parent) = image.info.parent.clone() else {
+            return Err(image.refuse("the image is damaged: pages of a parent it does not name"));
+        };
+        // A long chain does not stay open.
+        drop(image);
+        walk(dir, &parent, seen, Some(&inherited), sink)
     }
-    walk(dir, name, 0, None, sink)
+    walk(dir, name, &mut Vec::new(), None, sink)
 }
 
 /// A restored tree, running.

@@ -88,12 +88,12 @@ pub async fn until_gone(conn: Connection, tuning: Tuning, lost: Arc<OnceLock<Los
             continue;
         }
         let asked = Instant::now();
-        if time::timeout(PATIENCE, refused(conn.remote_address())).await.is_err() {
-            refusals = 0;
-        } else if refusals == 0 {
-            refusals = 1;
-        } else {
-            return give_up(Lost::Dead);
+        // A host that has refused once may keep the next answers back: it sends one a second, after the first few (icmp_ratelimit).
+        if time::timeout(PATIENCE, refused(conn.remote_address())).await.is_ok() {
+            refusals += 1;
+            if refusals == 2 {
+                return give_up(Lost::Dead);
+            }
         }
         silence += asked.elapsed().min(PATIENCE);
     }
