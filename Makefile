@@ -4,7 +4,7 @@
 # make bench    the figures of the README
 # make chaos    agents killed at random instants, ten times as often as in the tests, and at every step
 # make fuzz     everything that reads bytes of others under libFuzzer (FUZZ=executions of each); takes a C++ compiler
-# make soak     a random workload of mappings moved 200 times, a million operations
+# make soak     a random workload of mappings moved 200 times, a million operations; one program back and forth 1,000 times
 CARGO ?= cargo
 
 .PHONY: all build test demo bench chaos fuzz soak tools
@@ -35,4 +35,5 @@ fuzz:
 
 soak: tools
 	MIGRATE_SOAK=200 $(CARGO) test --test soak -- --test-threads=1 --nocapture
+	MIGRATE_SOAK=1000 $(CARGO) test --test many -- --test-threads=1 --nocapture back_and_forth
 	MIGRATE_SOAK=$${MIGRATE_SOAK:-20} $(CARGO) test --test vm -- --test-threads=1 --nocapture soft_dirty

@@ -1,6 +1,6 @@
 //! Every guest is moved from A to B in rounds, verifies itself there, is moved back with its memory behind it and verifies itself again.
 
-use migrate_harness::{Guest, Run, Stdio, two_hosts};
+use migrate_harness::{Guest, Run, Stdio, need, two_hosts};
 use nix::sys::signal::Signal;
 use std::{thread, time::Duration};
 
@@ -76,6 +76,42 @@ fn pids_that_are_taken_on_the_other_host() {
     let back = hosts.move_tree(&hosts.b, moved.pid, &Stdio::Null);
     assert_eq!(hosts.a.process(back.pid).map(|p| p.inner), Some(guest.pid));
     guest.verify("back on A, where they are free again");
+}
+
+/// What docs/security.md says a receiver needs for programs of ordinary users: it has no other capability.
+#[test]
+fn to_a_receiver_with_few_capabilities() {
+    let hosts = two_hosts!();
+    need!("setpriv");
+    let enough = ["checkpoint_restore", "setpcap", "setgid", "setuid", "sys_ptrace"];
+    for (mode, needed) in [("pre-copy", &enough[..4]), ("hybrid", &enough[..]), ("post-copy", &enough[..])] {
+        let guest = Guest::start_with(&hosts.a, "ballast", &[("mib", "4"), ("dirty", "1")], |c| {
+            c.under([
+                "setpriv",
+                "--reuid=65534",
+                "--regid=65534",
+                "--clear-groups",
+                "--bounding-set=-all",
+                "--inh-caps=-all",
+            ])
+        });
+        let plus: String = needed.iter().map(|c| format!(",+{c}")).collect();
+        let bounds = ["setpriv".into(), format!("--bounding-set=-all{plus}"), "--inh-caps=-all".into()];
+        let receiver = hosts.b.receive_as(&Stdio::Null, &[], |c| c.under(bounds));
+        let status = std::fs::read_to_string(format!("/proc/{}/status", receiver.process.outer())).unwrap();
+        let permitted = status.lines().find_map(|l| l.strip_prefix("CapPrm:")).expect("capabilities");
+        let permitted = u64::from_str_radix(permitted.trim(), 16).unwrap();
+        assert_eq!(permitted.count_ones() as usize, needed.len(), "{permitted:x}");
+        // The oracle looks at the copy's memory, which takes a right that a migration itself does not.
+        let pid = guest.pid.to_string();
+        let args = [hosts.a.send_args_any(&pid, &receiver), vec!["--mode", mode]].concat();
+        let sent = hosts.a.migrate(&args).env("MIGRATE_VERIFY", "0").start();
+        Run::of(&sent, Duration::from_secs(60)).expect_code(0);
+        assert!(guest.beats(), "{mode}");
+        guest.verify(mode);
+        guest.quit();
+        receiver.wait();
+    }
 }
 
 /// A program that does nothing but look at clocks, between hosts that take each other's vdso for another kernel's: it is replaced, replaced

@@ -289,8 +289,10 @@ pub async fn serve<L: Link>(
         let drain = Drain::new(keeper, links, cancel.clone()).map_err(|e| lost(e.to_string()))?;
         let (drained, left) = tokio::join!(drain.run(Some(link.into_inner()), &events), cleaning);
         let drained = drained.map_err(lost)?;
-        if drained.heard {
-            let _ = journal.remove();
+        match drained.goodbye {
+            Goodbye::Said => _ = journal.remove(),
+            Goodbye::Silence => _ = asked(&question, &events, &cancel).await,
+            Goodbye::Not => {}
         }
         // The link is gone with what it counted.
         bytes_sent = 0;
@@ -400,8 +402,12 @@ async fn attach<L: Link>(
                 Message::Running(Running { draining: false, .. }) if a.channel == Channel::Bulk => Message::Drained(Box::default()),
                 _ => Message::Aborted("this receiver knows no copy that misses pages".into()),
             };
-            let _ = wire::send(&mut link, &m).await;
-            return answered(tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await);
+            let sent = wire::send(&mut link, &m).await;
+            let end = tokio::time::timeout(Duration::from_secs(5), wire::recv(&mut link)).await;
+            if sent.is_ok() {
+                hub.note_answered(&a.id);
+            }
+            return answered(end);
         }
     };
     events(Event::Phase { phase: "drain" });
@@ -414,7 +420,7 @@ async fn attach<L: Link>(
     hub.pass(&a.id, a.channel, link)
         .map_err(|_| failed("the connection was lost".into()))?;
     let drained = drain.run(None, events).await.map_err(failed)?;
-    if drained.heard
+    if drained.goodbye == Goodbye::Said
         && let Ok((journal, _)) = Journal::open(state_dir, &a.id, Side::Destination)
     {
         let _ = journal.remove();

@@ -10,11 +10,11 @@ const SILENCE: Duration = Duration::from_secs(38);
 const END: Duration = Duration::from_secs(60);
 
 /// Stops `victim` at a step of a migration, does something, and expects both agents to end with this code and the program to be on that host.
-fn at(step: &str, victim: Victim, during: impl FnOnce(&Hosts, [&Process<'_>; 2]), code: i32, on: &str) {
+fn at(mode: &str, step: &str, victim: Victim, during: impl FnOnce(&Hosts, [&Process<'_>; 2]), code: i32, on: &str) {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "counter", &[]);
     let env = [("MIGRATE_AT", step), ("MIGRATE_AT_SIGNAL", "19")];
-    let (sender, receiver) = steps::start(&hosts, &guest, victim, &["--mode", "pre-copy"], &env);
+    let (sender, receiver) = steps::start(&hosts, &guest, victim, &["--mode", mode], &env);
     let agents = [&sender, &receiver.process];
     let agent = if victim == Victim::Sender { agents[0] } else { agents[1] };
     assert!(steps::stands(agent), "{step}: {}", agent.stderr());
@@ -38,7 +38,7 @@ fn both_stand_still() {
         std::thread::sleep(SILENCE);
         agents.iter().for_each(|a| _ = a.signal(Signal::SIGCONT));
     };
-    at("sent Handover#1", Victim::Sender, pause, 0, "b");
+    at("pre-copy", "sent Handover#1", Victim::Sender, pause, 0, "b");
 }
 
 fn cut(hosts: &Hosts, agents: [&Process<'_>; 2]) {
@@ -53,8 +53,10 @@ fn a_long_silence_around_the_handover() {
     std::thread::scope(|s| {
         s.spawn(both_stand_still);
         // The handover never arrives: the receiver gives up, and stays to be asked.
-        s.spawn(|| at("before Handover#1", Victim::Sender, cut, 1, "a"));
+        s.spawn(|| at("pre-copy", "before Handover#1", Victim::Sender, cut, 1, "a"));
         // The answer never arrives.
-        s.spawn(|| at("before Running#1", Victim::Receiver, cut, 0, "b"));
+        s.spawn(|| at("pre-copy", "before Running#1", Victim::Receiver, cut, 0, "b"));
+        // Everything has arrived, and the source does not hear of that.
+        s.spawn(|| at("post-copy", "before Drained#1", Victim::Receiver, cut, 0, "b"));
     });
 }

@@ -24,6 +24,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::unix::{OwnedReadHalf, OwnedWriteHalf},
     sync::{mpsc, watch},
+    task::AbortHandle,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -164,14 +165,23 @@ pub struct Drain<L> {
     reader: OwnedReadHalf,
     buf: Vec<u8>,
     links: mpsc::UnboundedReceiver<(Channel, L)>,
+    /// What moves messages and pages on each connection. They end with the drain: a connection whose source is gone would be kept until it has been silent for long.
+    pumps: Mutex<Vec<AbortHandle>>,
+}
+
+impl<L> Drop for Drain<L> {
+    fn drop(&mut self) {
+        let pumps = self.pumps.get_mut().unwrap_or_else(PoisonError::into_inner);
+        pumps.iter().for_each(AbortHandle::abort);
+    }
 }
 
 /// How it ended.
 pub struct Drained {
     /// The keeper's figures.
     pub stats: Stats,
-    /// The source has heard of it.
-    pub heard: bool,
+    /// Whether the source has heard of it.
+    pub goodbye: Goodbye,
 }
 
 impl<L: Link> Drain<L> {
@@ -197,18 +207,23 @@ impl<L: Link> Drain<L> {
             reader,
             buf,
             links,
+            pumps: Mutex::default(),
         })
     }
 
     /// The control stream of the migration itself goes on as the push's.
-    pub fn attach(&self, channel: Channel, link: L) -> tokio::task::JoinHandle<bool> {
+    pub fn attach(&self, channel: Channel, link: L) -> tokio::task::JoinHandle<Goodbye> {
         let (tx, rx) = mpsc::unbounded_channel();
         self.shared.out.lock().unwrap_or_else(PoisonError::into_inner)[channel as usize] = Some(tx);
-        tokio::spawn(pump(link, rx, self.shared.clone(), channel == Channel::Faults))
+        let pump = tokio::spawn(pump(link, rx, self.shared.clone(), channel == Channel::Faults));
+        let mut pumps = self.pumps.lock().unwrap_or_else(PoisonError::into_inner);
+        pumps.retain(|p| !p.is_finished());
+        pumps.push(pump.abort_handle());
+        pump
     }
 
     /// A new connection, in the place of an earlier one.
-    async fn take(&self, channel: Channel, link: L, pump: &mut Option<tokio::task::JoinHandle<bool>>) -> io::Result<()> {
+    async fn take(&self, channel: Channel, link: L, pump: &mut Option<tokio::task::JoinHandle<Goodbye>>) -> io::Result<()> {
         let handle = self.attach(channel, link);
         let m = if channel == Channel::Bulk {
             *pump = Some(handle);
@@ -222,7 +237,7 @@ impl<L: Link> Drain<L> {
 
     /// Runs to the end of the drain. `bulk`: the control stream, when there is one yet.
     pub async fn run(mut self, bulk: Option<L>, events: &Events) -> Result<Drained, String> {
-        let mut pump: Option<tokio::task::JoinHandle<bool>> = bulk.map(|l| self.attach(Channel::Bulk, l));
+        let mut pump: Option<tokio::task::JoinHandle<Goodbye>> = bulk.map(|l| self.attach(Channel::Bulk, l));
         let mut asked = false;
         let start = Instant::now();
         let mut shown = start;
@@ -269,11 +284,12 @@ impl<L: Link> Drain<L> {
                     FromKeeper::Drained(stats) => {
                         let heard = self.shared.send(Channel::Bulk, Message::Drained(stats.clone()));
                         self.shared.tell(&ToKeeper::Bye).await.map_err(lost)?;
-                        let heard = match pump {
-                            Some(p) if heard => p.await.unwrap_or(false),
-                            _ => false,
+                        // Without a connection it will make one, and ask.
+                        let goodbye = match pump {
+                            Some(p) if heard => p.await.unwrap_or(Goodbye::Not),
+                            _ => Goodbye::Silence,
                         };
-                        return Ok(Drained { stats: *stats, heard });
+                        return Ok(Drained { stats: *stats, goodbye });
                     }
                 }
             }
@@ -307,21 +323,21 @@ fn packed(missing: &[(u32, u64, u64)]) -> Vec<Ranges> {
         .collect()
 }
 
-/// Moves messages out and page streams in, until the link breaks or is replaced. True: the source has said goodbye.
-async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, shared: Arc<Shared>, urgent: bool) -> bool {
+/// Moves messages out and page streams in, until the link breaks or is replaced. How the source went.
+async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, shared: Arc<Shared>, urgent: bool) -> Goodbye {
     loop {
         tokio::select! {
             m = out.recv() => {
-                let Some(m) = m else { return false };
-                if wire::send(&mut link, &m).await.is_err() {
-                    return false;
+                let Some(m) = m else { return Goodbye::Not };
+                if let Err(e) = wire::send(&mut link, &m).await {
+                    return if e.is_silence() { Goodbye::Silence } else { Goodbye::Not };
                 }
                 if matches!(m, Message::Drained(_)) {
-                    return wire::goodbye(&mut link, &shared.cancel).await == Goodbye::Said;
+                    return wire::goodbye(&mut link, &shared.cancel).await;
                 }
             }
             s = link.accept_pages() => {
-                let Ok(mut stream) = s else { return false };
+                let Ok(mut stream) = s else { return Goodbye::Not };
                 let shared = shared.clone();
                 tokio::spawn(async move {
                     while let Ok(Some(frame)) = stream.recv().await {

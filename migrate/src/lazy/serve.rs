@@ -12,6 +12,8 @@ use super::{
 use crate::{
     dump::pages::{self, Batch, Reader, SpacePlan},
     image::PAGE,
+    pages::PageSet,
+    procfs::maps,
     report::{Event, Events},
     source::Connector,
     sys::{awake::AwakeWhile, mem::Mem},
@@ -41,23 +43,40 @@ const AFTER_A_FAULT: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The frozen originals' memory, by the names of their address spaces.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Originals {
     /// What reads each of them.
     pub readers: HashMap<u32, Reader>,
+    /// What may be missing of each of them.
+    pub may_follow: HashMap<u32, PageSet>,
 }
 
 impl Originals {
     /// Of stopped processes: (name of the address space, pid), and of shared memory: (its name, a process that maps it, where).
     pub fn open(spaces: &[(u32, i32)], objects: &[(u32, i32, u64, u64)]) -> io::Result<Originals> {
-        let private = spaces.iter().map(|(space, pid)| Ok((*space, Reader::Process(Mem::open(*pid)?))));
-        let shared = objects.iter().map(|(name, pid, start, end)| {
+        let mut o = Originals::default();
+        for (space, pid) in spaces {
+            o.readers.insert(*space, Reader::Process(Mem::open(*pid)?));
+            let mapped = maps::maps(*pid)?.into_iter().map(|m| (m.start, m.end));
+            o.may_follow.insert(*space, PageSet::from_ranges(mapped));
+        }
+        for (name, pid, start, end) in objects {
             let file = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))?;
-            Ok((*name, Reader::Object(file)))
-        });
-        Ok(Originals {
-            readers: private.chain(shared).collect::<io::Result<_>>()?,
-        })
+            o.may_follow.insert(*name, PageSet::from_ranges([(0, file.metadata()?.len())]));
+            o.readers.insert(*name, Reader::Object(file));
+        }
+        Ok(o)
+    }
+
+    /// Of the pages that a destination says it misses those that may be missing: it is not to fill this host's memory with a list of others.
+    fn missing(&self, claimed: &[wire::Ranges]) -> Option<Vec<(u32, u64, u64)>> {
+        let mut out = Vec::new();
+        for r in claimed {
+            let list = PageSet::from_ranges(r.unpack()?);
+            let known = self.may_follow.get(&r.space).map(|k| k.intersection(&list)).unwrap_or_default();
+            out.extend(known.ranges().iter().map(|&(a, b)| (r.space, a, b)));
+        }
+        Some(out)
     }
 
     fn read(&self, space: u32, ranges: &[(u64, u64)]) -> io::Result<Vec<Batch>> {
@@ -279,7 +298,7 @@ impl<C: Connector> Drain<'_, C> {
                 Some(f) => f,
                 None => {
                     totals.reconnects += 1;
-                    self.reconnect().await?
+                    self.reconnect(&originals).await?
                 }
             };
             let (mut bulk, faults, ranges) = match again {
@@ -330,7 +349,7 @@ impl<C: Connector> Drain<'_, C> {
         }
     }
 
-    async fn reconnect(&self) -> Result<Again<C::Link>, ServeError> {
+    async fn reconnect(&self, originals: &Originals) -> Result<Again<C::Link>, ServeError> {
         let mut pause = Duration::from_millis(20);
         loop {
             let both = async {
@@ -340,13 +359,9 @@ impl<C: Connector> Drain<'_, C> {
                     Welcome::Missing(m) => m,
                 };
                 let faults = Faults::connect(self.connector, self.id).await?;
-                let mut ranges = Vec::new();
-                for r in missing {
-                    let list = r
-                        .unpack()
-                        .ok_or_else(|| Refusal::Refused("these pages are missing, which are none".into()))?;
-                    ranges.extend(list.into_iter().map(|(a, b)| (r.space, a, b)));
-                }
+                let ranges = originals
+                    .missing(&missing)
+                    .ok_or_else(|| Refusal::Refused("these pages are missing, which are none".into()))?;
                 Ok(Again::Links(bulk, faults, ranges))
             };
             match both.await {
@@ -486,4 +501,26 @@ async fn push<P: PageSender>(s: Arc<Session>, mut pages: P, rtt: Duration, bandw
     }
     pages.end().await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_missing_pages_is_held_against_what_may_be_missing() {
+        let mut originals = Originals::default();
+        originals
+            .may_follow
+            .insert(3, PageSet::from_ranges([(0x10000, 0x20000), (0x30000, 0x31000)]));
+        let claimed = [
+            wire::Ranges::pack(3, &[(0x1f000, 0x30000 + PAGE), (1 << 40, 1 << 50)]),
+            wire::Ranges::pack(4, &[(0, 1 << 50)]),
+        ];
+        assert_eq!(
+            originals.missing(&claimed).unwrap(),
+            [(3, 0x1f000, 0x20000), (3, 0x30000, 0x31000)],
+            "neither the gap, nor a petabyte, nor a space that is none"
+        );
+    }
 }

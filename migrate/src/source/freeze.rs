@@ -399,8 +399,10 @@ impl Snapshot {
     /// What reads the pages that follow.
     pub fn originals(&self) -> io::Result<Originals> {
         let readers = self.later.iter().map(|p| Ok((p.space, open_reader(p.space, self)?)));
+        let may_follow = self.later.iter().map(|p| (p.space, PageSet::from_ranges(p.ranges.iter().copied())));
         Ok(Originals {
             readers: readers.collect::<io::Result<_>>()?,
+            may_follow: may_follow.collect(),
         })
     }
 

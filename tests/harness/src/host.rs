@@ -447,6 +447,11 @@ impl<'a> Command<'a> {
         self.spawn.setsid = false;
         self
     }
+    /// By another program, whose arguments end with the command.
+    pub fn under<S: Into<String>>(mut self, prefix: impl IntoIterator<Item = S>) -> Self {
+        self.argv.splice(0..0, prefix.into_iter().map(Into::into));
+        self
+    }
     /// Name in the report of a failure.
     pub fn label(mut self, label: &str) -> Self {
         self.label = label.into();

@@ -36,8 +36,15 @@ async fn probe(addr: SocketAddr) -> io::Result<()> {
     };
     let socket = UdpSocket::bind(any).await?;
     socket.connect(addr).await?;
-    socket.send(&[0]).await?;
-    socket.recv(&mut [0]).await.map(drop)
+    // A host sends one such answer a second (icmp_ratelimit), and the connection's own packets, which come about as often, may get it each time.
+    let mut tick = time::interval(Duration::from_millis(50));
+    let mut answer = [0];
+    loop {
+        tokio::select! {
+            _ = tick.tick() => socket.send(&[0]).await.map(drop)?,
+            r = socket.recv(&mut answer) => return r.map(drop),
+        }
+    }
 }
 
 /// Why the watch gave a connection up.
@@ -59,7 +66,7 @@ pub const PAUSE: u32 = 20;
 /// nothing was heard for long before it looks at what has arrived, on both hosts if both stood still, and a handover was lost for nothing. So the silence is
 /// counted here, in steps during which this side was there to hear, and QUIC's is [`PAUSE`] times as long.
 pub async fn until_gone(conn: Connection, tuning: Tuning, lost: Arc<OnceLock<Lost>>) {
-    const PATIENCE: Duration = Duration::from_millis(500);
+    const PATIENCE: Duration = Duration::from_millis(1200);
     // A live peer is heard at least once in a keep-alive interval, and once more for its acknowledgement of ours.
     let suspicious = tuning.keep_alive * 5 / 2;
     let heard = || conn.stats().udp_rx.datagrams;
@@ -71,7 +78,7 @@ pub async fn until_gone(conn: Connection, tuning: Tuning, lost: Arc<OnceLock<Los
         conn.close(code::LOST.into(), b"");
     };
     loop {
-        let step = if refusals == 0 { tuning.keep_alive / 2 } else { PATIENCE };
+        let step = tuning.keep_alive / 2;
         if time::timeout(step, conn.closed()).await.is_ok() {
             return;
         }
@@ -88,7 +95,6 @@ pub async fn until_gone(conn: Connection, tuning: Tuning, lost: Arc<OnceLock<Los
             continue;
         }
         let asked = Instant::now();
-        // A host that has refused once may keep the next answers back: it sends one a second, after the first few (icmp_ratelimit).
         if time::timeout(PATIENCE, refused(conn.remote_address())).await.is_ok() {
             refusals += 1;
             if refusals == 2 {
