@@ -284,10 +284,10 @@ impl<L: Link> Drain<L> {
                     FromKeeper::Drained(stats) => {
                         let heard = self.shared.send(Channel::Bulk, Message::Drained(stats.clone()));
                         self.shared.tell(&ToKeeper::Bye).await.map_err(lost)?;
-                        // Without a connection it will make one, and ask.
+                        // A connection that has ended tells how: one that fell silent will be made again.
                         let goodbye = match pump {
-                            Some(p) if heard => p.await.unwrap_or(Goodbye::Not),
-                            _ => Goodbye::Silence,
+                            Some(p) if heard || p.is_finished() => p.await.unwrap_or(Goodbye::Not),
+                            _ => Goodbye::Not,
                         };
                         return Ok(Drained { stats: *stats, goodbye });
                     }
@@ -337,7 +337,11 @@ async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, s
                 }
             }
             s = link.accept_pages() => {
-                let Ok(mut stream) = s else { return Goodbye::Not };
+                let mut stream = match s {
+                    Ok(stream) => stream,
+                    Err(e) if e.is_silence() => return Goodbye::Silence,
+                    Err(_) => return Goodbye::Not,
+                };
                 let shared = shared.clone();
                 tokio::spawn(async move {
                     while let Ok(Some(frame)) = stream.recv().await {
