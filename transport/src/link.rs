@@ -1,6 +1,11 @@
 //! What the engine sees of a connection: one ordered stream of opaque sections, and as many streams of pages as it likes.
 
-use std::{future::Future, net::SocketAddr, time::Duration};
+use std::{
+    future::{Future, Pending, ready},
+    io,
+    net::SocketAddr,
+    time::Duration,
+};
 
 use bytes::Bytes;
 
@@ -162,6 +167,24 @@ pub trait Link: Send + 'static {
 
     /// The round trip, as estimated now; it grows under load.
     fn rtt(&self) -> Duration;
+
+    /// Opens a socket that hears this peer alone, for its next connection: read by threads of its own, what comes over that connection does not queue behind what
+    /// comes over this one. It, and all that serves it, belongs to the runtime that this is called in. The peer has to come once more, by
+    /// [`again`](Self::again); the future is that connection. This one ends then.
+    fn apart(&self) -> io::Result<impl Future<Output = io::Result<Self>> + Send + 'static + use<Self>>
+    where
+        Self: Sized,
+    {
+        Err::<Pending<io::Result<Self>>, _>(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Connects once more to the same peer, from the socket of this connection: see [`apart`](Self::apart).
+    fn again(&self) -> impl Future<Output = io::Result<Self>> + Send
+    where
+        Self: Sized,
+    {
+        ready(Err(io::ErrorKind::Unsupported.into()))
+    }
 
     /// Says goodbye with a reason that the peer will see, at once: what has not been delivered is lost. Waits briefly so that the goodbye
     /// leaves the host.

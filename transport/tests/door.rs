@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Dice, Host, joined, within};
+use common::{Dice, Host, acquainted, joined, within};
 use migrate_transport::{
     AcceptError, ConnectError, Link, LinkError, PageReceiver, PageSender, Run, Section, VersionRange,
     quic::{self, Listener, Tuning},
@@ -217,9 +217,7 @@ async fn rebind(host: &Host, address: SocketAddr) -> Listener {
 
 #[tokio::test]
 async fn versions_that_do_not_meet_are_both_named() {
-    let (source, destination) = (Host::new(), Host::new());
-    source.trust(&destination);
-    destination.trust(&source);
+    let (source, destination) = acquainted();
     let listener = destination.listen().await;
     let address = listener.local_addr().to_string();
     let mut tuning = Tuning::default();
@@ -278,9 +276,7 @@ async fn every_failure_to_reach_a_host_has_its_name() {
 
 #[tokio::test]
 async fn stalled_strangers_do_not_block_the_door() {
-    let (source, destination) = (Host::new(), Host::new());
-    source.trust(&destination);
-    destination.trust(&source);
+    let (source, destination) = acquainted();
     let mut tuning = Tuning::default();
     tuning.handshake_timeout = Duration::from_millis(700);
     let listener = destination.listen_with(tuning).await;
@@ -302,9 +298,7 @@ async fn a_peer_that_dies_is_noticed() {
     tuning.keep_alive = Duration::from_millis(100);
     tuning.idle_timeout = Duration::from_secs(20);
     // The destination lives in a runtime of its own, which is shot in the middle of a stream.
-    let (source, destination) = (Host::new(), Host::new());
-    source.trust(&destination);
-    destination.trust(&source);
+    let (source, destination) = acquainted();
     let doomed = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -377,9 +371,7 @@ async fn silence_is_told_from_a_death() {
     let mut tuning = Tuning::default();
     tuning.keep_alive = Duration::from_millis(100);
     tuning.idle_timeout = Duration::from_millis(1500);
-    let (source, destination) = (Host::new(), Host::new());
-    source.trust(&destination);
-    destination.trust(&source);
+    let (source, destination) = acquainted();
     let listener = destination.listen_with(tuning.clone()).await;
     let (address, cut) = relay(listener.local_addr());
     let there = quic::connect_with(&address, &source.id, &source.store, None, &tuning);
@@ -401,6 +393,59 @@ async fn a_dropped_link_tells_its_peer() {
     drop(there);
     let error = within(5, here.recv()).await.unwrap_err();
     assert!(matches!(error, LinkError::Closed { clean: false, .. }), "{error}");
+}
+
+/// Both ends of a second connection, on a socket of the destination's that hears the source alone.
+async fn apart(there: &mut quic::QuicLink, here: &mut quic::QuicLink) -> (quic::QuicLink, quic::QuicLink) {
+    let next = here.apart().unwrap();
+    // Until then the first one goes on.
+    for word in ["still", "here"] {
+        there.send(Section::new(1, 2, word)).await.unwrap();
+        here.send(Section::new(1, 2, word)).await.unwrap();
+        assert_eq!(within(5, there.recv()).await.unwrap().payload, word);
+        assert_eq!(within(5, here.recv()).await.unwrap().payload, word);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let (there, here) = within(10, async { tokio::join!(there.again(), next) }).await;
+    (there.unwrap(), here.unwrap())
+}
+
+#[tokio::test]
+async fn a_connection_has_a_socket_of_its_own() {
+    for any in ["127.0.0.1:0", "0.0.0.0:0", "[::]:0"] {
+        let (source, destination) = acquainted();
+        let (id, store, tickets) = (&destination.id, destination.store.clone(), destination.tickets.clone());
+        let listener = Listener::bind(any.parse().unwrap(), id, store, tickets).await.unwrap();
+        let port = listener.local_addr().port();
+        let connect = || async {
+            let address = format!("127.0.0.1:{port}");
+            let connecting = quic::connect(&address, &source.id, &source.store, None);
+            let (there, here) = within(10, async { tokio::join!(connecting, listener.accept()) }).await;
+            (there.unwrap(), here.unwrap())
+        };
+        let (mut first_there, mut first_here) = connect().await;
+        assert!(first_there.apart().is_err(), "only who listens has a port to share");
+        let (mut there, mut here) = apart(&mut first_there, &mut first_here).await;
+        assert_eq!(there.peer().fingerprint, destination.id.fingerprint());
+        assert_eq!(here.peer().fingerprint, source.id.fingerprint());
+        assert_eq!(here.peer().address, first_here.peer().address, "the same socket of the source");
+        drop((first_there, first_here));
+        // Others come in as before, and what they say does not end up there.
+        let (mut other_there, mut other_here) = connect().await;
+        for word in ["one", "two"] {
+            there.send(Section::new(1, 2, word)).await.unwrap();
+            other_there.send(Section::new(3, 4, word)).await.unwrap();
+            assert_eq!(within(5, here.recv()).await.unwrap().kind, 1);
+            assert_eq!(within(5, other_here.recv()).await.unwrap().kind, 3);
+        }
+        // The port is nobody else's.
+        let taken = std::net::UdpSocket::bind(("127.0.0.1", port));
+        assert!(taken.is_err());
+        // Nor once it is over.
+        drop((there, here));
+        drop(connect().await);
+        assert!(std::net::UdpSocket::bind(("127.0.0.1", port)).is_err());
+    }
 }
 
 #[tokio::test]
@@ -440,9 +485,7 @@ async fn control_passes_page_streams_nobody_reads() {
 
 #[tokio::test]
 async fn a_receiver_that_was_restarted_says_so_at_once() {
-    let (source, destination) = (Host::new(), Host::new());
-    source.trust(&destination);
-    destination.trust(&source);
+    let (source, destination) = acquainted();
     let doomed = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

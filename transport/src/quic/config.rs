@@ -17,7 +17,12 @@
 //!   packets, or after 5 ms, to leave the cores to the data).
 //! - Peak resident memory while page streams ran at full speed: 19 MB sending, 55 MB receiving.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use quinn::{
     AckFrequencyConfig, ClientConfig, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
@@ -69,26 +74,30 @@ pub fn client_endpoint(id: &Identity, peer: SocketAddr) -> io::Result<Endpoints>
     } else {
         ([0u16; 8], 0).into()
     };
-    endpoint(id, None, local)
+    endpoint(id, None, CappedSocket::new(socket::open(local)?)?)
 }
 
 /// An endpoint that listens.
 pub fn server_endpoint(id: &Identity, server: ServerConfig, local: SocketAddr) -> io::Result<Endpoints> {
-    endpoint(id, Some(server), local)
+    endpoint(id, Some(server), CappedSocket::new(socket::open(local)?)?)
 }
 
-fn endpoint(id: &Identity, server: Option<ServerConfig>, local: SocketAddr) -> io::Result<Endpoints> {
+fn endpoint(id: &Identity, server: Option<ServerConfig>, socket: Arc<CappedSocket>) -> io::Result<Endpoints> {
     // A fixed key and unkeyed connection ids: a receiver that was restarted can tell the peers of its former life at once that it has
     // forgotten them (a stateless reset), instead of leaving them to their time-outs.
     let mut config = EndpointConfig::new(Arc::new(id.reset_key()));
     config.cid_generator(|| Box::new(RandomIds));
     config.max_udp_payload_size(65_527).map_err(io::Error::other)?;
-    let socket = CappedSocket::new(socket::open(local)?)?;
     let quinn = Endpoint::new_with_abstract_socket(config, server, socket.clone(), Arc::new(TokioRuntime))?;
     Ok(Endpoints { quinn, socket })
 }
 
 impl Endpoints {
+    /// One at the same port that hears `peer` alone: see [`CappedSocket::apart`].
+    pub fn apart(&self, id: &Identity, server: ServerConfig, local: IpAddr, peer: SocketAddr) -> io::Result<Endpoints> {
+        endpoint(id, Some(server), self.socket.apart(local, peer)?)
+    }
+
     /// The transport parameters for a connection to this peer.
     pub fn transport(&self, tuning: &Tuning, peer: SocketAddr) -> Arc<TransportConfig> {
         let datagram = socket::path_datagram(peer).unwrap_or(1452).min(tuning.max_datagram);

@@ -1,11 +1,11 @@
 //! The sender's side of the door.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use quinn::{Connection, ConnectionError, ReadExactError, TransportErrorCode};
 use tokio::{net::lookup_host, time};
 
-use super::{QuicLink, Tuning, client_endpoint, listener::exporter, watch};
+use super::{Endpoints, QuicLink, Tuning, client_endpoint, link::End, listener::exporter, watch};
 use crate::{
     error::{ConnectError, LinkError},
     frame::hello::{ANSWER, Answer, Hello, Verdict},
@@ -34,11 +34,11 @@ pub async fn connect_with(
 ) -> Result<QuicLink, ConnectError> {
     let addresses = resolve(host_port).await?;
     let caller = Caller {
-        host_port,
-        id,
-        store,
-        ticket,
-        tuning,
+        host_port: host_port.to_owned(),
+        id: id.clone(),
+        store: store.clone(),
+        ticket: ticket.cloned(),
+        tuning: tuning.clone(),
         expected: Expected::new(store, host_port, ticket)?,
     };
     let mut last = None;
@@ -82,6 +82,7 @@ async fn resolve(host_port: &str) -> Result<Vec<SocketAddr>, ConnectError> {
 }
 
 /// Which receiver may answer, and what it means when another does.
+#[derive(Clone)]
 enum Expected {
     Ticket(Fingerprint),
     Enrolled(Fingerprint),
@@ -128,21 +129,32 @@ impl Expected {
     }
 }
 
-struct Caller<'a> {
-    host_port: &'a str,
-    id: &'a Identity,
-    store: &'a TrustStore,
-    ticket: Option<&'a Ticket>,
-    tuning: &'a Tuning,
+/// What it takes to connect.
+#[derive(Clone)]
+pub(super) struct Caller {
+    host_port: String,
+    id: Identity,
+    store: TrustStore,
+    ticket: Option<Ticket>,
+    tuning: Tuning,
     expected: Expected,
 }
 
-impl Caller<'_> {
+impl Caller {
     async fn attempt(&self, addr: SocketAddr, patience: Duration) -> Result<QuicLink, ConnectError> {
-        let endpoint = client_endpoint(self.id, addr).map_err(ConnectError::Socket)?;
+        let endpoint = client_endpoint(&self.id, addr).map_err(ConnectError::Socket)?;
+        self.connect(endpoint, addr, patience).await
+    }
+
+    /// See [`Link::again`](crate::Link::again).
+    pub(super) async fn again(&self, endpoint: &Endpoints, peer: &Peer) -> Result<QuicLink, ConnectError> {
+        self.connect(endpoint.clone(), peer.address, self.tuning.connect_timeout).await
+    }
+
+    async fn connect(&self, endpoint: Endpoints, addr: SocketAddr, patience: Duration) -> Result<QuicLink, ConnectError> {
         let server = PinnedServer::new(self.expected.pin());
         let config = endpoint
-            .client(self.id, server.clone(), tls::ALPN, self.tuning, addr)
+            .client(&self.id, server.clone(), tls::ALPN, &self.tuning, addr)
             .map_err(ConnectError::Tls)?;
         let connecting = endpoint
             .quinn
@@ -157,14 +169,21 @@ impl Caller<'_> {
         let deadline = self.tuning.handshake_timeout;
         let stalled = |_| closed(addr, format!("it did not answer the greeting within {deadline:.1?}"));
         let (streams, peer) = time::timeout(deadline, conversation).await.map_err(stalled)??;
-        Ok(QuicLink::new(endpoint, conn, streams, peer, self.tuning))
+        // Enrolled by now: a ticket is good for once.
+        let again = Caller {
+            ticket: None,
+            expected: Expected::Enrolled(peer.fingerprint),
+            ..self.clone()
+        };
+        let end = End::Client(Arc::new(again));
+        Ok(QuicLink::new(endpoint, conn, streams, peer, &self.tuning, end))
     }
 
     /// Says who this is, and hears what the receiver makes of it.
     async fn introduce(&self, conn: &Connection, addr: SocketAddr) -> Result<((quinn::SendStream, quinn::RecvStream), Peer), ConnectError> {
         let lost = |detail: String| closed(addr, detail);
         let fingerprint = tls::proven_peer(conn.peer_identity()).ok_or_else(|| lost("it has no certificate".into()))?;
-        let proof = match self.ticket {
+        let proof = match &self.ticket {
             Some(ticket) => {
                 let exporter = exporter(conn).ok_or_else(|| ConnectError::Tls("it exports no keys".into()))?;
                 Some(ticket.prove(&Proof {
@@ -193,15 +212,15 @@ impl Caller<'_> {
         })?;
         self.heed(&answer, addr)?;
 
-        let self_given = answer.name.unwrap_or_else(|| PeerName::from_lossy(self.host_port));
+        let self_given = answer.name.unwrap_or_else(|| PeerName::from_lossy(&self.host_port));
         let known = self.store.get(&fingerprint)?;
         let enrolled_now = known.is_none();
         let name = match known {
-            Some(peer) if peer.addresses.iter().any(|address| address == self.host_port) => peer.name,
+            Some(peer) if peer.addresses.contains(&self.host_port) => peer.name,
             // By the ticket, or trusted already and now met under this address for the first time.
             known => {
                 let name = known.map_or(self_given, |peer| peer.name);
-                self.store.enrol(fingerprint, &name, Some(self.host_port))?.name
+                self.store.enrol(fingerprint, &name, Some(&self.host_port))?.name
             }
         };
         let peer = Peer {
@@ -215,7 +234,7 @@ impl Caller<'_> {
     }
 
     fn heed(&self, answer: &Answer, addr: SocketAddr) -> Result<(), ConnectError> {
-        let host = self.host_port.to_owned();
+        let host = self.host_port.clone();
         let ours = self.tuning.versions;
         match answer.verdict {
             Verdict::Welcome if (ours.min..=ours.max).contains(&answer.version) => Ok(()),
@@ -261,7 +280,7 @@ impl Caller<'_> {
         }
         // Only this side's refusal of a certificate is a local transport error.
         if let (ConnectionError::TransportError(_), Some(seen)) = (&error, server.seen())
-            && let Some(mismatch) = self.expected.mismatch(self.host_port, seen)
+            && let Some(mismatch) = self.expected.mismatch(&self.host_port, seen)
         {
             return mismatch;
         }

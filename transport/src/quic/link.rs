@@ -1,7 +1,9 @@
 //! An established connection.
 
 use std::{
+    fmt,
     future::Future,
+    io,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -12,6 +14,8 @@ use tokio::{task::AbortHandle, time};
 
 use super::{
     Endpoints, Tuning, code,
+    connect::Caller,
+    listener::Door,
     watch::{self, Lost},
 };
 use crate::{
@@ -35,8 +39,11 @@ struct Shared {
 
 impl Shared {
     fn closed(&self, error: &ConnectionError) -> LinkError {
-        let silence = || (format!("nothing was heard from it for {:.0?}", self.idle_timeout), false);
-        let mut silent = false;
+        let lost = match error {
+            ConnectionError::LocallyClosed => self.lost.get(),
+            ConnectionError::TimedOut => Some(&Lost::Silent),
+            _ => None,
+        };
         let (reason, clean) = match error {
             ConnectionError::ApplicationClosed(close) => {
                 let words = printable(&close.reason);
@@ -47,18 +54,11 @@ impl Shared {
                     _ => ("it closed the connection".into(), false),
                 }
             }
-            ConnectionError::LocallyClosed => match self.lost.get() {
+            ConnectionError::LocallyClosed | ConnectionError::TimedOut => match lost {
                 Some(Lost::Dead) => ("its host says that the agent's port is closed: the agent has died".into(), false),
-                Some(Lost::Silent) => {
-                    silent = true;
-                    silence()
-                }
+                Some(Lost::Silent) => (format!("nothing was heard from it for {:.0?}", self.idle_timeout), false),
                 None => ("closed by this side".into(), true),
             },
-            ConnectionError::TimedOut => {
-                silent = true;
-                silence()
-            }
             ConnectionError::Reset => ("it has been restarted and knows nothing of this connection".into(), false),
             other => (other.to_string(), false),
         };
@@ -66,7 +66,7 @@ impl Shared {
             peer: self.peer.to_string(),
             reason,
             clean,
-            silent,
+            silent: matches!(lost, Some(Lost::Silent)),
         }
     }
 
@@ -122,6 +122,21 @@ async fn flush(stream: &mut SendStream, out: &mut Vec<Bytes>) -> Result<(), Writ
     Ok(())
 }
 
+/// Which end of the connection this is, and what it takes to make another with the same peer.
+pub(super) enum End {
+    Client(Arc<Caller>),
+    Server(Arc<Door>),
+}
+
+impl fmt::Debug for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Client(_) => "Client",
+            Self::Server(_) => "Server",
+        })
+    }
+}
+
 /// An authenticated connection over QUIC. Dropped without [`close`](Link::close), it tells the peer that this side gave up.
 #[derive(Debug)]
 pub struct QuicLink {
@@ -132,8 +147,9 @@ pub struct QuicLink {
     decoder: SectionDecoder,
     peer: Peer,
     watch: AbortHandle,
+    end: End,
     /// The last handle to an endpoint must outlive its connections.
-    _endpoint: Endpoints,
+    endpoint: Endpoints,
 }
 
 impl QuicLink {
@@ -143,6 +159,7 @@ impl QuicLink {
         (control_out, control_in): (SendStream, RecvStream),
         peer: Peer,
         tuning: &Tuning,
+        end: End,
     ) -> Self {
         let _ = control_out.set_priority(1); // only fails on a closed stream, which the first use will report
         let lost = Arc::new(OnceLock::new());
@@ -162,7 +179,8 @@ impl QuicLink {
             decoder,
             peer,
             watch,
-            _endpoint: endpoint,
+            end,
+            endpoint,
         }
     }
 
@@ -255,6 +273,20 @@ impl Link for QuicLink {
 
     fn rtt(&self) -> Duration {
         self.shared.conn.rtt()
+    }
+
+    fn apart(&self) -> io::Result<impl Future<Output = io::Result<Self>> + Send + 'static + use<>> {
+        match &self.end {
+            End::Server(door) => door.apart(&self.shared.conn, self.peer.fingerprint),
+            End::Client(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    async fn again(&self) -> io::Result<Self> {
+        match &self.end {
+            End::Client(caller) => caller.again(&self.endpoint, &self.peer).await.map_err(io::Error::other),
+            End::Server(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     fn close(&mut self, reason: &str) -> impl Future<Output = ()> + Send {

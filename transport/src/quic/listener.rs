@@ -1,6 +1,6 @@
 //! The receiver's side of the door.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use quinn::{Connection, Incoming, RecvStream, SendStream, ServerConfig};
 use tokio::{
@@ -9,11 +9,11 @@ use tokio::{
     time,
 };
 
-use super::{Endpoints, QuicLink, Tuning, code, config, server_endpoint};
+use super::{Endpoints, QuicLink, Tuning, code, config, link::End, server_endpoint};
 use crate::{
     error::{AcceptError, BindError},
     frame::hello::{Answer, HELLO, Hello, Verdict},
-    link::Peer,
+    link::{Link, Peer},
     trust::{Fingerprint, Identity, PeerName, Proof, TicketVerdict, Tickets, TrustStore, tls},
 };
 
@@ -34,7 +34,8 @@ pub struct Listener {
 }
 
 /// What every handshake needs.
-struct Door {
+#[derive(Clone)]
+pub(super) struct Door {
     endpoint: Endpoints,
     server: ServerConfig,
     id: Identity,
@@ -144,7 +145,31 @@ struct Admission {
 }
 
 impl Door {
-    async fn handshake(&self, incoming: Incoming, addr: SocketAddr) -> Result<QuicLink, AcceptError> {
+    /// See [`Link::apart`](crate::Link::apart).
+    pub(super) fn apart(
+        &self,
+        conn: &Connection,
+        peer: Fingerprint,
+    ) -> io::Result<impl Future<Output = io::Result<QuicLink>> + Send + 'static + use<>> {
+        let local = conn.local_ip().ok_or(io::ErrorKind::Unsupported)?;
+        let addr = conn.remote_address();
+        let door = Arc::new(Door {
+            endpoint: self.endpoint.apart(&self.id, self.server.clone(), local, addr)?,
+            ..self.clone()
+        });
+        Ok(async move {
+            // Late packets of the first connection are none of its.
+            loop {
+                let incoming = door.endpoint.quinn.accept().await.ok_or(io::ErrorKind::NotConnected)?;
+                let link = door.clone().handshake(incoming, addr).await.map_err(io::Error::other)?;
+                if link.peer().fingerprint == peer {
+                    return Ok(link);
+                }
+            }
+        })
+    }
+
+    async fn handshake(self: Arc<Self>, incoming: Incoming, addr: SocketAddr) -> Result<QuicLink, AcceptError> {
         let failed = |detail: String| AcceptError::Handshake { addr, detail };
         let mut server = self.server.clone();
         server.transport_config(self.endpoint.transport(&self.tuning, addr));
@@ -174,7 +199,14 @@ impl Door {
                     enrolled_now,
                     version,
                 };
-                Ok(QuicLink::new(self.endpoint.clone(), conn, (send, recv), peer, &self.tuning))
+                Ok(QuicLink::new(
+                    self.endpoint.clone(),
+                    conn,
+                    (send, recv),
+                    peer,
+                    &self.tuning,
+                    End::Server(self.clone()),
+                ))
             }
             Err(error) => {
                 refuse(&conn, &mut send, &error).await;

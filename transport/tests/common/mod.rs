@@ -48,11 +48,17 @@ impl Host {
     }
 }
 
-/// Source and destination, joined.
-pub async fn joined(tuning: Tuning) -> (QuicLink, QuicLink, Listener, [Host; 2]) {
+/// Two hosts that trust each other.
+pub fn acquainted() -> (Host, Host) {
     let (source, destination) = (Host::new(), Host::new());
     source.trust(&destination);
     destination.trust(&source);
+    (source, destination)
+}
+
+/// Source and destination, joined.
+pub async fn joined(tuning: Tuning) -> (QuicLink, QuicLink, Listener, [Host; 2]) {
+    let (source, destination) = acquainted();
     let listener = destination.listen_with(tuning.clone()).await;
     let address = listener.local_addr().to_string();
     let (there, here) = tokio::join!(
