@@ -81,6 +81,7 @@ pub async fn send(
 ) -> Result<Report, Failure> {
     source::check_pid(options.pid)?;
     let dial = Dial::new(to, ticket, state_dir, options.pid)?;
+    Journal::prune(state_dir);
     let verify = std::env::var_os("MIGRATE_VERIFY").is_some_and(|v| v == "1");
     source::send(dial, options, verify, state_dir.to_owned(), events, cancel).await
 }
@@ -584,8 +585,9 @@ async fn go_on_sending(dial: &Dial, entry: &Entry, events: Events, cancel: Cance
         cancel: &cancel,
     };
     let served = async {
-        let originals = lazy::serve::Originals::open(&entry.spaces, &entry.objects).map_err(lazy::serve::ServeError::Read)?;
-        drain.run(originals, None, Vec::new()).await
+        let originals =
+            lazy::serve::Originals::open(entry.alive(), &entry.spaces, &entry.objects).map_err(lazy::serve::ServeError::Read)?;
+        drain.run(originals, None).await
     };
     let mut served = served.await.map_err(|e| unknown(e.to_string()))?;
     served.link.close(wire::DONE).await;

@@ -431,7 +431,7 @@ impl Image {
         };
         let mut hasher = blake3::Hasher::new();
         let mut left = content;
-        let mut buf = vec![0u8; 1 << 20];
+        let mut buf = vec![0u8; content.min(1 << 20) as usize];
         while left > 0 {
             let n = (left as usize).min(buf.len());
             f.read_exact(&mut buf[..n]).map_err(bad)?;
@@ -538,7 +538,7 @@ pub fn pages_of(dir: &Path, name: &str, sink: &mut dyn FnMut(&Run, Bytes) -> io:
         image.state()?;
         // Ranges rather than pages: a run of a few bytes may name a terabyte.
         let mut inherited: BTreeMap<u32, Vec<(u64, u64)>> = BTreeMap::new();
-        let wanted = |space: u32, at: u64| want.is_none_or(|w| w.get(&space).is_some_and(|s| s.contains(at)));
+        let wanted = |space: u32, at: u64| want.and_then(|w| w.get(&space)).is_some_and(|s| s.contains(at));
         loop {
             let frame = image.frame().map_err(|e| image.refuse(format!("the image is damaged: {e}")))?;
             let Some(frame) = frame else { break };

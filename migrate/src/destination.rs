@@ -12,6 +12,7 @@ use crate::{
     lazy::{
         fetch::{Drain, Hub, Question},
         keeper::{Armed, Keeper, Pending},
+        lane::Lane,
         object,
     },
     oracle,
@@ -373,6 +374,44 @@ async fn asked<L>(question: &Question<'_, L>, events: &Events, cancel: &Cancella
     }
 }
 
+/// How long a source may take to come once more.
+const AGAIN: Duration = Duration::from_secs(10);
+
+fn attached(again: bool) -> Message {
+    Message::Attached(Attached {
+        missing: Vec::new(),
+        again,
+    })
+}
+
+/// Has the source come once more, to a socket that hears it alone and is read by the thread for faults: that connection; this one where there cannot be such a
+/// socket; none if it does not come there.
+async fn apart<L: Link>(mut link: L, a: &Attach, lane: &Lane, cancel: &CancellationToken) -> Option<L> {
+    let socket = {
+        let _there = lane.enter();
+        link.apart()
+    };
+    let next = match socket {
+        Ok(next) => next,
+        Err(e) => {
+            tracing::debug!(error = %e, "faults share a socket with the push");
+            return Some(link);
+        }
+    };
+    wire::send(&mut link, &attached(true)).await.ok()?;
+    let come = async {
+        let mut link = next.await.ok()?;
+        match wire::recv(&mut link).await {
+            Ok(Message::Attach(b)) if (&b.id, b.channel) == (&a.id, a.channel) => Some(link),
+            _ => None,
+        }
+    };
+    tokio::select! {
+        c = tokio::time::timeout(AGAIN, lane.around(come)) => c.ok()?,
+        () = cancel.cancelled() => None,
+    }
+}
+
 /// A further connection of a migration that is under way; or the first one to a receiver that was started again while pages were missing.
 async fn attach<L: Link>(
     mut link: L,
@@ -385,8 +424,13 @@ async fn attach<L: Link>(
     let answered = |_| Ok(Served::Answered);
     // The second connection is answered at once, long before there is a drain; one for the push by the drain, which asks what is missing.
     if a.channel == Channel::Faults && hub.knows(&a.id) {
-        let taken = Message::Attached(Attached { missing: Vec::new() });
-        if wire::send(&mut link, &taken).await.is_err() {
+        let there = match hub.lane(&a.id).filter(|_| a.first) {
+            Some(lane) => apart(link, &a, &lane, cancel).await,
+            None => Some(link),
+        };
+        let Some(there) = there else { return Ok(Served::Answered) };
+        link = there;
+        if wire::send(&mut link, &attached(false)).await.is_err() {
             return Ok(Served::Answered);
         }
     }

@@ -12,7 +12,7 @@ use crate::{
     },
     image::Regs,
     procfs::{
-        maps,
+        self, maps,
         status::{self, Status},
     },
     sys::{mem::Mem, ptrace, region::Region},
@@ -110,7 +110,7 @@ impl Injector {
             Some(r) if r < 0 && r > -4096 => return Err(io("map the shared table")(io::Error::from_raw_os_error(-r as i32))),
             r => r.unwrap_or_default() as u64,
         };
-        let path = format!("/proc/{pid}/map_files/{table:x}-{:x}", table + len);
+        let path = procfs::mapped(pid, table, table + len);
         let file = OpenOptions::new()
             .read(true)
             .write(true)

@@ -9,12 +9,18 @@
 //! id in it tells.
 
 use crate::{procfs::stat, restore::pilots::WORD};
+use rustix::fs::{AtFlags, CWD, linkat};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
 };
 
 const MAGIC: &[u8; 16] = b"migrate journal\n";
@@ -101,9 +107,36 @@ pub fn boot_id() -> String {
         .unwrap_or_default()
 }
 
+/// A file in the directory of `path`, which it is to have when it is whole. It has no name until then, so that an agent that is killed leaves nothing (O_TMPFILE,
+/// open(2)); where the file system has no such files it has another name, and [`Journal::prune`] removes what a killed agent left.
+fn unfinished(path: &Path) -> io::Result<(File, Option<PathBuf>)> {
+    let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    match writable().custom_flags(libc::O_TMPFILE).open(dir) {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => named(path),
+        opened => Ok((opened?, None)),
+    }
+}
+
+fn named(path: &Path) -> io::Result<(File, Option<PathBuf>)> {
+    static SERIAL: AtomicU32 = AtomicU32::new(0);
+    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+    let name = path.with_extension(format!("tmp-{}-{serial}", std::process::id()));
+    Ok((writable().create(true).truncate(true).open(&name)?, Some(name)))
+}
+
+fn writable() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    options
+}
+
 impl Journal {
     /// Makes a journal, mode 0600, under its final name only when whole.
     pub fn create(state_dir: &Path, entry: &Entry) -> io::Result<Journal> {
+        Self::create_in(state_dir, entry, unfinished)
+    }
+
+    fn create_in(state_dir: &Path, entry: &Entry, unfinished: fn(&Path) -> io::Result<(File, Option<PathBuf>)>) -> io::Result<Journal> {
         if !valid_id(&entry.id) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -112,28 +145,18 @@ impl Journal {
         }
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir(state_dir))?;
         let path = path(state_dir, &entry.id, entry.side);
-        static SERIAL: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let serial = SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let temporary = path.with_extension(format!("tmp-{}-{serial}", std::process::id()));
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?;
+        let (mut file, temporary) = unfinished(&path)?;
         file.set_len(TEXT)?;
         file.write_all(MAGIC)?;
-        let mut j = Journal {
-            path: temporary.clone(),
-            file,
-        };
+        let mut j = Journal { path, file };
         j.update(entry)?;
         // Unlike a rename, a link never replaces: whoever comes first with an id has it.
-        let linked = fs::hard_link(&temporary, &path);
-        fs::remove_file(&temporary)?;
+        let fd = format!("/proc/self/fd/{}", j.file.as_raw_fd());
+        let linked = linkat(CWD, fd, CWD, &j.path, AtFlags::SYMLINK_FOLLOW);
+        if let Some(name) = temporary {
+            fs::remove_file(name)?;
+        }
         linked?;
-        j.path = path;
         Ok(j)
     }
 
@@ -221,15 +244,20 @@ impl Journal {
         Ok(out)
     }
 
-    /// Removes what nobody will ask for any more: entries of an earlier boot, old ones without a living process, and unfinished files.
+    /// Removes what nobody will ask for any more: entries of an earlier boot, old ones without a living process, and unfinished files of agents that were killed.
     pub fn prune(state_dir: &Path) {
         const DAY: u64 = 24 * 3600;
+        // Another agent may be writing one just now, which takes milliseconds.
+        const UNFINISHED: Duration = Duration::from_secs(60);
         let now = crate::sys::misc::clock_ns(libc::CLOCK_REALTIME) / 1_000_000_000;
         for e in fs::read_dir(dir(state_dir)).into_iter().flatten().flatten() {
             let p = e.path();
             let name = e.file_name();
             if name.to_string_lossy().contains(".tmp-") {
-                let _ = fs::remove_file(&p);
+                let age = e.metadata().and_then(|m| m.modified()).map(|t| t.elapsed().unwrap_or_default());
+                if age.is_ok_and(|a| a > UNFINISHED) {
+                    let _ = fs::remove_file(&p);
+                }
             } else if let Ok((journal, entry)) = Self::open_path(p)
                 && entry.alive().is_empty()
                 && (entry.boot_id != boot_id() || now.saturating_sub(entry.since) > DAY)
@@ -293,6 +321,39 @@ mod tests {
         assert_eq!(Journal::list(d.path()).unwrap().len(), 1);
         j.remove().unwrap();
         assert!(Journal::list(d.path()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn whoever_comes_first_with_an_id_has_it() {
+        let d = tempfile::tempdir().unwrap();
+        let mut first = entry("0123456789abcdef0123456789abcdef");
+        Journal::create(d.path(), &first).unwrap();
+        first.since += 1;
+        let second = Journal::create(d.path(), &first).unwrap_err();
+        assert_eq!(second.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(Journal::list(d.path()).unwrap()[0].since, first.since - 1);
+        assert_eq!(fs::read_dir(dir(d.path())).unwrap().count(), 1);
+    }
+
+    /// As on a file system without O_TMPFILE.
+    #[test]
+    fn one_that_had_a_name_before_it_was_whole_loses_it() {
+        let d = tempfile::tempdir().unwrap();
+        let e = entry("0123456789abcdef0123456789abcdef");
+        let names = || -> Vec<_> { fs::read_dir(dir(d.path())).unwrap().map(|e| e.unwrap().file_name()).collect() };
+        Journal::create_in(d.path(), &e, named).unwrap();
+        assert_eq!(Journal::list(d.path()).unwrap()[0].id, e.id);
+        let second = Journal::create_in(d.path(), &e, named).unwrap_err();
+        assert_eq!(second.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(names().len(), 1);
+        // What an agent left that was killed, and what one writes just now.
+        let (left, left_name) = named(&path(d.path(), &e.id, e.side)).unwrap();
+        let (_now, now_name) = named(&path(d.path(), &e.id, e.side)).unwrap();
+        left.set_modified(std::time::SystemTime::now() - Duration::from_secs(3600)).unwrap();
+        Journal::prune(d.path());
+        assert!(!left_name.unwrap().exists());
+        assert!(now_name.unwrap().exists());
+        assert_eq!(Journal::list(d.path()).unwrap().len(), 1);
     }
 
     #[test]

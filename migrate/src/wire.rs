@@ -41,7 +41,7 @@ const GOODBYE: Duration = Duration::from_secs(45);
 const GOODBYE_CANCELLED: Duration = Duration::from_secs(5);
 
 /// Revision of every message here.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// A message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -98,6 +98,8 @@ pub struct Attach {
     pub id: String,
     /// What it is for.
     pub channel: Channel,
+    /// It may be asked to come again: see [`Attached::again`].
+    pub first: bool,
 }
 
 /// It is taken.
@@ -105,6 +107,8 @@ pub struct Attach {
 pub struct Attached {
     /// On [`Channel::Bulk`]: what the copy misses.
     pub missing: Vec<Ranges>,
+    /// On [`Channel::Faults`]: there is a socket of its own for it, on which the source has to come once more ([`migrate_transport::Link::apart`]).
+    pub again: bool,
 }
 
 /// A page that a task waits for.
@@ -362,6 +366,13 @@ pub enum Goodbye {
     Not,
 }
 
+impl Goodbye {
+    /// When the link to it is lost.
+    pub fn lost(silent: bool) -> Goodbye {
+        if silent { Goodbye::Silence } else { Goodbye::Not }
+    }
+}
+
 /// Whether the source says goodbye soon. What it says before that does not matter any more; a link that is closed for it could lose what the source was told last.
 /// `cancel`: somebody wants this agent to end.
 pub async fn goodbye<L: Link>(link: &mut L, cancel: &CancellationToken) -> Goodbye {
@@ -379,8 +390,7 @@ pub async fn goodbye<L: Link>(link: &mut L, cancel: &CancellationToken) -> Goodb
     tokio::select! {
         e = end => match e {
             WireError::Link(LinkError::Closed { clean: true, ref reason, .. }) if reason == DONE => Goodbye::Said,
-            e if e.is_silence() => Goodbye::Silence,
-            _ => Goodbye::Not,
+            e => Goodbye::lost(e.is_silence()),
         },
         () = tokio::time::sleep(GOODBYE) => Goodbye::Not,
         () = cancelled => Goodbye::Not,

@@ -275,7 +275,7 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut Cache) 
     if m.ino == 0 && !m.name.starts_with(b"/") {
         return Ok(Some(Backing::Anonymous));
     }
-    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", m.start, m.end);
+    let link = procfs::mapped(pid, m.start, m.end);
     let writable = m.has(b"mw");
     let gone = m.name.ends_with(b" (deleted)");
     if m.name == b"/dev/zero" && !m.shared {
@@ -352,7 +352,7 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut Cache) 
             }
             let mut f = files::file_id(&path, &meta);
             if exec {
-                f.build_id = files::build_id(Path::new(&link));
+                f.build_id = files::build_id(&link);
             }
             cache.files.insert(key, f.clone());
             f
@@ -365,17 +365,17 @@ fn backing(pid: i32, m: &Mapping, objects: &mut ObjectTable, cache: &mut Cache) 
     }))
 }
 
-fn stat(link: &str) -> io::Result<rustix::fs::Stat> {
-    rustix::fs::stat(link).map_err(|e| io::Error::new(io::Error::from(e).kind(), format!("{link}: {e}")))
+fn stat(link: &Path) -> io::Result<rustix::fs::Stat> {
+    rustix::fs::stat(link).map_err(|e| io::Error::new(io::Error::from(e).kind(), format!("{}: {e}", link.display())))
 }
 
 /// Opens what `meta` was told of. In a running process something else may be mapped there by now: that one is not found, then.
-fn open(link: &str, meta: &rustix::fs::Stat) -> io::Result<(OwnedFd, rustix::fs::Stat)> {
+fn open(link: &Path, meta: &rustix::fs::Stat) -> io::Result<(OwnedFd, rustix::fs::Stat)> {
     let fd: OwnedFd = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_CLOEXEC)
         .open(link)
-        .map_err(|e| io::Error::new(e.kind(), format!("{link}: {e}")))?
+        .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", link.display())))?
         .into();
     let now = rustix::fs::fstat(&fd)?;
     if (now.st_dev, now.st_ino) != (meta.st_dev, meta.st_ino) {
@@ -385,11 +385,11 @@ fn open(link: &str, meta: &rustix::fs::Stat) -> io::Result<(OwnedFd, rustix::fs:
 }
 
 /// The process runs, and has mapped something else there since its list of mappings was read.
-fn another(link: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::NotFound, format!("{link} is another file by now"))
+fn another(link: &Path) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("{} is another file by now", link.display()))
 }
 
-fn shared_object(link: &str, m: &Mapping, objects: &mut ObjectTable) -> Result<u32, Reason> {
+fn shared_object(link: &Path, m: &Mapping, objects: &mut ObjectTable) -> Result<u32, Reason> {
     let meta = stat(link)?;
     if meta.st_ino != m.ino {
         return Err(another(link).into());
@@ -420,7 +420,7 @@ pub fn is_leaked_table(pid: i32, m: &Mapping) -> bool {
     if m.name != b"/dev/zero (deleted)" || !m.shared {
         return false;
     }
-    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", m.start, m.end);
+    let link = procfs::mapped(pid, m.start, m.end);
     let mut head = [0u8; 16];
     File::open(link)
         .and_then(|f| std::os::unix::fs::FileExt::read_exact_at(&f, &mut head, 0))

@@ -4,7 +4,11 @@
 use super::tree::{Dumped, place};
 use crate::{blocker::Blocker, image::ObjectKind, procfs};
 use rustix::fs::{fstat, makedev, stat};
-use std::{collections::HashMap, fs, os::unix::fs::MetadataExt};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+};
 
 /// The inode of an object: device and number.
 type Key = (u64, u64);
@@ -41,7 +45,17 @@ pub fn blockers(dumped: &Dumped) -> Vec<Blocker> {
     found
 }
 
-/// Processes outside the tree with one of these objects, each with the first that was found. Agents do not count: they look at objects.
+/// Of these sockets and the like of a tree, each once, those that nobody outside it has. Agents do not count.
+pub fn only_here(tree: &[i32], fds: Vec<OwnedFd>) -> Vec<OwnedFd> {
+    // Several processes of the tree may have the same one.
+    let by_inode = fds.into_iter().filter_map(|fd| fstat(&fd).ok().map(|m| ((m.st_dev, m.st_ino), fd)));
+    let (keys, fds): (Vec<Key>, Vec<OwnedFd>) = by_inode.collect::<HashMap<_, _>>().into_iter().unzip();
+    let others = sharers(tree, &keys.into_iter().zip(0..).collect());
+    let here = fds.into_iter().enumerate().filter(|(i, _)| !others.iter().any(|o| o.1 == *i));
+    here.map(|(_, fd)| fd).collect()
+}
+
+/// Processes outside the tree with one of these objects, and each that they have. Agents do not count: they look at objects.
 fn sharers(tree: &[i32], keys: &HashMap<Key, usize>) -> Vec<(i32, usize)> {
     if keys.is_empty() {
         return Vec::new();
@@ -51,11 +65,11 @@ fn sharers(tree: &[i32], keys: &HashMap<Key, usize>) -> Vec<(i32, usize)> {
     let mut found = Vec::new();
     for pid in list.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok()) {
         let agent = || fs::metadata(procfs::path(pid, "exe")).map(|m| (m.dev(), m.ino())).ok() == me;
-        if let Some(object) = has_one(pid, keys)
-            && !agent()
-            && !descends(pid, tree)
-        {
-            found.push((pid, object));
+        let objects = has(pid, keys);
+        // A child of the tree's that has ended meanwhile, or whose parent has, looks like nobody's: once more, and it has to be there still.
+        let outside = || !descends(pid, tree) && procfs::stat::read(pid).is_ok();
+        if !objects.is_empty() && !agent() && outside() && outside() {
+            found.extend(objects.into_iter().map(|o| (pid, o)));
         }
     }
     found
@@ -77,17 +91,15 @@ fn descends(mut pid: i32, tree: &[i32]) -> bool {
 }
 
 /// In a mapping, which the kernel lists with the inode, or behind a descriptor. A process that ends meanwhile has none.
-fn has_one(pid: i32, keys: &HashMap<Key, usize>) -> Option<usize> {
+fn has(pid: i32, keys: &HashMap<Key, usize>) -> BTreeSet<usize> {
     let maps = procfs::read(pid, "maps").unwrap_or_default();
-    let mapped = maps.split(|b| *b == b'\n').find_map(|line| keys.get(&inode(line)?));
-    if let Some(object) = mapped {
-        return Some(*object);
-    }
-    let fds = fs::read_dir(procfs::path(pid, "fd")).ok()?;
-    fds.flatten().find_map(|fd| {
+    let mapped = maps.split(|b| *b == b'\n').filter_map(|line| keys.get(&inode(line)?));
+    let fds = fs::read_dir(procfs::path(pid, "fd")).into_iter().flatten().flatten();
+    let open = fds.filter_map(|fd| {
         let meta = stat(fd.path()).ok()?;
-        keys.get(&(meta.st_dev, meta.st_ino)).copied()
-    })
+        keys.get(&(meta.st_dev, meta.st_ino))
+    });
+    mapped.chain(open).copied().collect()
 }
 
 /// Device and inode of a line of /proc/PID/maps: `7f00-7f10 rw-s 00000000 00:01 2077 /memfd:x (deleted)`.
@@ -130,7 +142,7 @@ mod tests {
         while !fs::read_link(procfs::path(pid, "exe")).is_ok_and(|e| e != fs::read_link("/proc/self/exe").unwrap()) {
             std::thread::yield_now();
         }
-        assert_eq!(has_one(pid, &keys), Some(0), "descriptor {}", fd.as_raw_fd());
+        assert_eq!(has(pid, &keys), BTreeSet::from([0]), "descriptor {}", fd.as_raw_fd());
         assert_eq!(
             sharers(&[1], &keys).iter().filter(|s| s.0 == pid).count(),
             usize::from(!descends(pid, &[1]))

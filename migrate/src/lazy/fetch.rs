@@ -6,6 +6,7 @@
 use super::{
     ipc::{FrameRun, FromKeeper, SLOT, SLOTS, Stats, ToKeeper, decoded, encoded},
     keeper::Keeper,
+    lane::Lane,
 };
 use crate::{
     image::PAGE,
@@ -17,12 +18,13 @@ use migrate_transport::{Link, PageFrame, PageReceiver};
 use std::{
     collections::HashMap,
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::unix::{OwnedReadHalf, OwnedWriteHalf},
+    runtime::Handle,
     sync::{mpsc, watch},
     task::AbortHandle,
 };
@@ -34,9 +36,24 @@ const URGENT: u32 = 4;
 /// New connections of migrations that are under way, and which sources have asked what became of theirs.
 #[derive(Debug)]
 pub struct Hub<L> {
-    open: Mutex<HashMap<String, mpsc::UnboundedSender<(Channel, L)>>>,
+    open: Mutex<HashMap<String, Open<L>>>,
     /// Of migrations that are served: whether their source has heard what became of them.
     answered: watch::Sender<HashMap<String, bool>>,
+}
+
+#[derive(Debug)]
+struct Open<L> {
+    links: mpsc::UnboundedSender<(Channel, L)>,
+    /// Its thread for faults, as long as it takes them.
+    lane: Weak<Lane>,
+}
+
+/// Where the connections of a copy come.
+#[derive(Debug)]
+pub struct Links<L> {
+    new: mpsc::UnboundedReceiver<(Channel, L)>,
+    /// The thread for what tasks wait for. None: it could not be started, and all is done by one.
+    lane: Option<Arc<Lane>>,
 }
 
 impl<L> Default for Hub<L> {
@@ -50,14 +67,25 @@ impl<L> Default for Hub<L> {
 
 impl<L> Hub<L> {
     /// From now on connections of this migration come here. None: somebody takes them already.
-    pub fn register(&self, id: &str) -> Option<mpsc::UnboundedReceiver<(Channel, L)>> {
+    pub fn register(&self, id: &str) -> Option<Links<L>> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if open.get(id).is_some_and(|tx| !tx.is_closed()) {
+        if open.get(id).is_some_and(|o| !o.links.is_closed()) {
             return None;
         }
-        let (tx, rx) = mpsc::unbounded_channel();
-        open.insert(id.to_owned(), tx);
-        Some(rx)
+        let lane = Lane::start()
+            .inspect_err(|e| tracing::warn!("no thread for faults: {e}"))
+            .ok()
+            .map(Arc::new);
+        let (links, new) = mpsc::unbounded_channel();
+        let there = lane.as_ref().map_or_else(Weak::new, Arc::downgrade);
+        open.insert(id.to_owned(), Open { links, lane: there });
+        Some(Links { new, lane })
+    }
+
+    /// The thread for faults of a migration whose connections somebody takes.
+    pub fn lane(&self, id: &str) -> Option<Arc<Lane>> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.get(id)?.lane.upgrade()
     }
 
     /// From now on it is known whether the source of this migration has asked, and heard, what became of it.
@@ -78,15 +106,15 @@ impl<L> Hub<L> {
     /// Whether somebody takes connections of this migration.
     pub fn knows(&self, id: &str) -> bool {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.get(id).is_some_and(|tx| !tx.is_closed())
+        open.get(id).is_some_and(|o| !o.links.is_closed())
     }
 
     /// Hands a connection over. Err: nobody knows of its migration.
     pub fn pass(&self, id: &str, channel: Channel, link: L) -> Result<(), L> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|_, tx| !tx.is_closed());
+        open.retain(|_, o| !o.links.is_closed());
         match open.get(id) {
-            Some(tx) => tx.send((channel, link)).map_err(|e| e.0.1),
+            Some(o) => o.links.send((channel, link)).map_err(|e| e.0.1),
             None => Err(link),
         }
     }
@@ -144,7 +172,9 @@ impl Shared {
 
     /// Puts a frame into the ring.
     async fn deliver(&self, frame: PageFrame, urgent: bool) -> io::Result<()> {
-        if frame.data_len() > SLOT {
+        // Pages without content take no room, but the keeper's time.
+        let pages: u64 = frame.runs.iter().map(|r| u64::from(r.pages)).sum();
+        if pages > SLOT as u64 / PAGE {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame larger than a frame may be"));
         }
         let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
@@ -164,7 +194,9 @@ pub struct Drain<L> {
     shared: Arc<Shared>,
     reader: OwnedReadHalf,
     buf: Vec<u8>,
-    links: mpsc::UnboundedReceiver<(Channel, L)>,
+    links: Links<L>,
+    /// Where the push is taken.
+    main: Handle,
     /// What moves messages and pages on each connection. They end with the drain: a connection whose source is gone would be kept until it has been silent for long.
     pumps: Mutex<Vec<AbortHandle>>,
 }
@@ -186,10 +218,14 @@ pub struct Drained {
 
 impl<L: Link> Drain<L> {
     /// With a keeper that has started. `links`: where the copy's connections come.
-    pub fn new(keeper: Keeper, links: mpsc::UnboundedReceiver<(Channel, L)>, cancel: CancellationToken) -> io::Result<Drain<L>> {
+    pub fn new(keeper: Keeper, links: Links<L>, cancel: CancellationToken) -> io::Result<Drain<L>> {
         let Keeper { channel, ring } = keeper;
         let (stream, buf) = channel.into_parts();
         stream.set_nonblocking(true)?;
+        let main = Handle::current();
+        // Faults come over it.
+        let lane = links.lane.clone();
+        let _there = lane.as_ref().map(|l| l.enter());
         let (reader, writer) = tokio::net::UnixStream::from_std(stream)?.into_split();
         let ((bulk, free_bulk), (urgent, free_urgent)) = (mpsc::unbounded_channel(), mpsc::unbounded_channel());
         for slot in 0..SLOTS {
@@ -207,6 +243,7 @@ impl<L: Link> Drain<L> {
             reader,
             buf,
             links,
+            main,
             pumps: Mutex::default(),
         })
     }
@@ -215,7 +252,11 @@ impl<L: Link> Drain<L> {
     pub fn attach(&self, channel: Channel, link: L) -> tokio::task::JoinHandle<Goodbye> {
         let (tx, rx) = mpsc::unbounded_channel();
         self.shared.out.lock().unwrap_or_else(PoisonError::into_inner)[channel as usize] = Some(tx);
-        let pump = tokio::spawn(pump(link, rx, self.shared.clone(), channel == Channel::Faults));
+        let pump = pump(link, rx, self.shared.clone(), channel == Channel::Faults);
+        let pump = match channel {
+            Channel::Bulk => self.main.spawn(pump),
+            Channel::Faults => tokio::spawn(pump),
+        };
         let mut pumps = self.pumps.lock().unwrap_or_else(PoisonError::into_inner);
         pumps.retain(|p| !p.is_finished());
         pumps.push(pump.abort_handle());
@@ -236,7 +277,17 @@ impl<L: Link> Drain<L> {
     }
 
     /// Runs to the end of the drain. `bulk`: the control stream, when there is one yet.
-    pub async fn run(mut self, bulk: Option<L>, events: &Events) -> Result<Drained, String> {
+    pub async fn run(self, bulk: Option<L>, events: &Events) -> Result<Drained, String> {
+        match self.links.lane.clone() {
+            None => self.work(bulk, events.clone()).await,
+            Some(lane) => match lane.run(self.work(bulk, events.clone())).await {
+                Ok(r) => r,
+                Err(e) => Err(format!("internal error: {e}")),
+            },
+        }
+    }
+
+    async fn work(mut self, bulk: Option<L>, events: Events) -> Result<Drained, String> {
         let mut pump: Option<tokio::task::JoinHandle<Goodbye>> = bulk.map(|l| self.attach(Channel::Bulk, l));
         let mut asked = false;
         let start = Instant::now();
@@ -246,7 +297,7 @@ impl<L: Link> Drain<L> {
         let mut awake = AwakeWhile::default();
         let lost = |e: io::Error| format!("the keeper of the copy's memory cannot be reached any more: {e}");
         // The connection that asks for it is there before the answer that may be.
-        while let Ok((channel, link)) = self.links.try_recv() {
+        while let Ok((channel, link)) = self.links.new.try_recv() {
             self.take(channel, link, &mut pump).await.map_err(lost)?;
         }
         loop {
@@ -278,7 +329,8 @@ impl<L: Link> Drain<L> {
                     }
                     FromKeeper::Missing { missing } => {
                         let missing = packed(&missing);
-                        self.shared.send(Channel::Bulk, Message::Attached(Attached { missing }));
+                        self.shared
+                            .send(Channel::Bulk, Message::Attached(Attached { missing, again: false }));
                     }
                     FromKeeper::Hello | FromKeeper::Ready => {}
                     FromKeeper::Drained(stats) => {
@@ -297,7 +349,7 @@ impl<L: Link> Drain<L> {
                 n = awake.until(self.reader.read_buf(&mut self.buf)) => if n.map_err(lost)? == 0 {
                     return Err(lost(io::ErrorKind::UnexpectedEof.into()));
                 },
-                Some((channel, link)) = self.links.recv() => self.take(channel, link, &mut pump).await.map_err(lost)?,
+                Some((channel, link)) = self.links.new.recv() => self.take(channel, link, &mut pump).await.map_err(lost)?,
                 () = self.shared.cancel.cancelled(), if !asked => {
                     asked = true;
                     events(Event::Note { text: "the program runs here already, and pages it needs are still on their way: this goes on until they have arrived".into() });
@@ -330,7 +382,7 @@ async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, s
             m = out.recv() => {
                 let Some(m) = m else { return Goodbye::Not };
                 if let Err(e) = wire::send(&mut link, &m).await {
-                    return if e.is_silence() { Goodbye::Silence } else { Goodbye::Not };
+                    return Goodbye::lost(e.is_silence());
                 }
                 if matches!(m, Message::Drained(_)) {
                     return wire::goodbye(&mut link, &shared.cancel).await;
@@ -339,13 +391,13 @@ async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, s
             s = link.accept_pages() => {
                 let mut stream = match s {
                     Ok(stream) => stream,
-                    Err(e) if e.is_silence() => return Goodbye::Silence,
-                    Err(_) => return Goodbye::Not,
+                    Err(e) => return Goodbye::lost(e.is_silence()),
                 };
                 let shared = shared.clone();
                 tokio::spawn(async move {
                     while let Ok(Some(frame)) = stream.recv().await {
-                        if shared.deliver(frame, urgent).await.is_err() {
+                        if let Err(e) = shared.deliver(frame, urgent).await {
+                            tracing::warn!(error = %e, "pages from the source are not taken");
                             break;
                         }
                     }
@@ -358,14 +410,43 @@ async fn pump<L: Link>(mut link: L, mut out: mpsc::UnboundedReceiver<Message>, s
 #[cfg(test)]
 mod tests {
     use super::{super::ipc::Channel as Socket, *};
-    use migrate_transport::memory::MemoryLink;
+    use migrate_transport::{Run, memory::MemoryLink};
+
+    /// A drain with a keeper that is heard over this socket; the hub has to stay.
+    fn drain(channel: Socket) -> (Hub<MemoryLink>, Drain<MemoryLink>) {
+        let ring = tempfile::tempfile().unwrap();
+        ring.set_len(super::super::ipc::RING as u64).unwrap();
+        let ring = Region::map(&ring, super::super::ipc::RING, 0).unwrap();
+        let hub = Hub::default();
+        let links = hub.register("some").unwrap();
+        let drain = Drain::new(Keeper { channel, ring }, links, CancellationToken::new());
+        (hub, drain.unwrap())
+    }
+
+    /// The keeper would be busy with a run of zeros without an end, while the tasks that wait for a page wait.
+    #[tokio::test]
+    async fn the_keeper_is_given_no_more_pages_than_a_frame_has() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (_hub, drain) = drain(Socket::new(ours));
+        let mut keeper = Socket::new(theirs);
+        let of = |pages: &[u32]| PageFrame {
+            runs: pages.iter().map(|n| Run::new(0, 0, *n, true).unwrap()).collect(),
+            data: Vec::new(),
+        };
+        for pages in [&[257][..], &[1 << 28], &[200, 57], &[1 << 28; 2]] {
+            assert!(drain.shared.deliver(of(pages), false).await.is_err(), "{pages:?}");
+        }
+        drain.shared.deliver(of(&[200, 56]), false).await.unwrap();
+        let ToKeeper::Frame { runs, .. } = keeper.recv().unwrap() else {
+            panic!("something else");
+        };
+        assert_eq!(runs.len(), 2);
+    }
 
     /// A keeper that an agent finds again says two things at once, and nothing after them.
     #[tokio::test]
     async fn what_came_with_the_hello_is_heard() {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        let ring = tempfile::tempfile().unwrap();
-        ring.set_len(super::super::ipc::RING as u64).unwrap();
         let mut keeper = Socket::new(theirs);
         keeper.send(&FromKeeper::Hello, &[]).unwrap();
         let stats = Stats {
@@ -375,9 +456,7 @@ mod tests {
         keeper.send(&FromKeeper::Drained(Box::new(stats.clone())), &[]).unwrap();
         let mut channel = Socket::new(ours);
         assert!(matches!(channel.recv().unwrap(), FromKeeper::Hello));
-        let ring = Region::map(&ring, super::super::ipc::RING, 0).unwrap();
-        let (_tx, links) = mpsc::unbounded_channel();
-        let drain = Drain::<MemoryLink>::new(Keeper { channel, ring }, links, CancellationToken::new()).unwrap();
+        let (_hub, drain) = drain(channel);
         let events: Events = Arc::new(|_| {});
         let ran = tokio::time::timeout(Duration::from_secs(10), drain.run(None, &events)).await;
         assert_eq!(ran.expect("it goes on by itself").unwrap().stats, stats);

@@ -133,6 +133,8 @@ pub struct Stats {
 pub struct Channel {
     /// The socket.
     pub stream: UnixStream,
+    /// What a read goes to first.
+    scratch: Vec<u8>,
     buf: Vec<u8>,
     fds: VecDeque<OwnedFd>,
     out: VecDeque<u8>,
@@ -169,6 +171,7 @@ impl Channel {
     pub fn new(stream: UnixStream) -> Channel {
         Channel {
             stream,
+            scratch: vec![0; 64 << 10],
             buf: Vec::new(),
             fds: VecDeque::new(),
             out: VecDeque::new(),
@@ -241,11 +244,10 @@ impl Channel {
 
     /// Reads what there is; `wait`: until there is something. False: the other end is gone.
     pub fn fill(&mut self, wait: bool) -> io::Result<bool> {
-        let mut bytes = [0u8; 64 << 10];
         let mut space = nix::cmsg_space!([RawFd; 8]);
         let flags = if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT } | MsgFlags::MSG_CMSG_CLOEXEC;
         let n = {
-            let mut iov = [IoSliceMut::new(&mut bytes)];
+            let mut iov = [IoSliceMut::new(&mut self.scratch)];
             let r = match recvmsg::<()>(self.stream.as_raw_fd(), &mut iov, Some(&mut space), flags) {
                 Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(true),
                 r => r?,
@@ -258,7 +260,7 @@ impl Channel {
             }
             r.bytes
         };
-        self.buf.extend_from_slice(&bytes[..n]);
+        self.buf.extend_from_slice(&self.scratch[..n]);
         Ok(n > 0)
     }
 

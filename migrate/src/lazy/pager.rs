@@ -38,8 +38,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Pages put in place before the next look at what the program does: 64 KiB to 256 KiB are where UFFDIO_COPY is fastest.
-const UNIT: u64 = 64;
+/// Pages put in place before the next look at what the program does: 64 KiB to 256 KiB are where UFFDIO_COPY is fastest, and a page that a task waits for
+/// waits for what is being put in place.
+const UNIT: u64 = 16;
 /// Pages of shared memory that are mapped along with one that is touched, as the kernel does it where nobody is asked (fault_around_bytes).
 const AROUND: u64 = 16;
 /// Children after which those that have ended are looked for: each holds a descriptor until then, if no page arrives meanwhile that it missed.
@@ -717,8 +718,11 @@ impl Keeper {
                     self.end(p.space);
                     return (true, put);
                 }
-                // Of the ring, which is all there.
-                Some(FillError::Hole) => return (false, put),
+                // Of the ring, which is all there. In no case is it tried again and again ahead of everybody else.
+                Some(FillError::Hole) => {
+                    std::thread::sleep(Duration::from_millis(5));
+                    return (false, put);
+                }
                 Some(FillError::Other(errno)) => {
                     // Out of memory, most likely: the task waits, which is what it would do for the page anyway.
                     let _ = writeln!(io::stderr(), "a page cannot be put in place: errno {errno}");

@@ -5,6 +5,7 @@
 //! place, not what has arrived, so a slow destination slows the push down as well.
 
 use super::{
+    door,
     ipc::Stats,
     lane::Lane,
     push::{Left, PIECE},
@@ -13,11 +14,11 @@ use crate::{
     dump::pages::{self, Batch, Reader, SpacePlan},
     image::PAGE,
     pages::PageSet,
-    procfs::maps,
+    procfs::{self, maps},
     report::{Event, Events},
     source::Connector,
     sys::{awake::AwakeWhile, mem::Mem},
-    wire::{self, Attach, Channel, Message, WireError},
+    wire::{self, Attach, Attached, Channel, Message, WireError},
 };
 use migrate_transport::{Link, PageSender};
 use std::{
@@ -31,7 +32,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 /// Least bytes of the push that are under way, and most.
 const WINDOW: (u64, u64) = (1 << 20, 16 << 20);
@@ -45,6 +46,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// The frozen originals' memory, by the names of their address spaces.
 #[derive(Debug, Default)]
 pub struct Originals {
+    /// The processes.
+    pub pids: Vec<i32>,
     /// What reads each of them.
     pub readers: HashMap<u32, Reader>,
     /// What may be missing of each of them.
@@ -53,19 +56,28 @@ pub struct Originals {
 
 impl Originals {
     /// Of stopped processes: (name of the address space, pid), and of shared memory: (its name, a process that maps it, where).
-    pub fn open(spaces: &[(u32, i32)], objects: &[(u32, i32, u64, u64)]) -> io::Result<Originals> {
-        let mut o = Originals::default();
+    pub fn open(pids: Vec<i32>, spaces: &[(u32, i32)], objects: &[(u32, i32, u64, u64)]) -> io::Result<Originals> {
+        let mut o = Originals {
+            pids,
+            ..Originals::default()
+        };
         for (space, pid) in spaces {
             o.readers.insert(*space, Reader::Process(Mem::open(*pid)?));
             let mapped = maps::maps(*pid)?.into_iter().map(|m| (m.start, m.end));
             o.may_follow.insert(*space, PageSet::from_ranges(mapped));
         }
         for (name, pid, start, end) in objects {
-            let file = File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))?;
+            let file = File::open(procfs::mapped(*pid, *start, *end))?;
             o.may_follow.insert(*name, PageSet::from_ranges([(0, file.metadata()?.len())]));
             o.readers.insert(*name, Reader::Object(file));
         }
         Ok(o)
+    }
+
+    /// All that may be missing.
+    fn all(&self) -> Vec<(u32, u64, u64)> {
+        let of = |(&space, set): (&u32, &PageSet)| set.ranges().iter().map(|r| (space, r.0, r.1)).collect::<Vec<_>>();
+        self.may_follow.iter().flat_map(of).collect()
     }
 
     /// Of the pages that a destination says it misses those that may be missing: it is not to fill this host's memory with a list of others.
@@ -225,33 +237,58 @@ pub enum Welcome {
     Drained(Stats),
 }
 
-/// A second connection of this migration, or either of them anew.
-async fn attach<C: Connector>(connector: &C, id: &str, channel: Channel) -> Result<(C::Link, Welcome), Refusal> {
-    let mut link = connector.connect().await.map_err(|e| Refusal::Unreachable(e.to_string()))?;
+async fn ask<L: Link>(link: &mut L, id: &str, channel: Channel, first: bool) -> Result<Message, Refusal> {
     let ask = async {
         let m = Message::Attach(Attach {
             id: id.to_owned(),
             channel,
+            first,
         });
-        wire::send(&mut link, &m).await?;
+        wire::send(link, &m).await?;
         loop {
             // Acknowledgements of what came over the connection before.
-            match wire::recv(&mut link).await? {
+            match wire::recv(link).await? {
                 Message::Credit(_) => {}
                 m => return Ok::<_, WireError>(m),
             }
         }
     };
-    match tokio::time::timeout(PATIENCE, ask).await {
-        Ok(Ok(Message::Attached(a))) => Ok((link, Welcome::Missing(a.missing))),
-        Ok(Ok(Message::Drained(stats))) => Ok((link, Welcome::Drained(*stats))),
-        Ok(Ok(Message::Aborted(reason))) => {
+    let answer = tokio::time::timeout(PATIENCE, ask).await;
+    let answer = answer.map_err(|_| Refusal::Unreachable("it does not answer".into()))?;
+    answer.map_err(|e| Refusal::Unreachable(e.to_string()))
+}
+
+/// A second connection of this migration, or either of them anew.
+async fn attach<C: Connector>(connector: &C, id: &str, channel: Channel) -> Result<(C::Link, Welcome), Refusal> {
+    let come = |first| async move {
+        let mut link = connector.connect().await.map_err(|e| Refusal::Unreachable(e.to_string()))?;
+        let answer = ask(&mut link, id, channel, first).await?;
+        Ok::<_, Refusal>((link, answer))
+    };
+    let (mut link, mut answer) = come(true).await?;
+    if let Message::Attached(Attached { again: true, .. }) = answer {
+        let apart = async {
+            let mut link = link.again().await.map_err(|e| Refusal::Unreachable(e.to_string()))?;
+            let answer = ask(&mut link, id, channel, false).await?;
+            Ok::<_, Refusal>((link, answer))
+        };
+        (link, answer) = match apart.await {
+            Ok(there) => there,
+            // Something between the hosts: without it, then.
+            Err(why) => {
+                tracing::debug!(?why, "no socket of its own for faults");
+                come(false).await?
+            }
+        };
+    }
+    match answer {
+        Message::Attached(a) => Ok((link, Welcome::Missing(a.missing))),
+        Message::Drained(stats) => Ok((link, Welcome::Drained(*stats))),
+        Message::Aborted(reason) => {
             link.close("refused").await;
             Err(Refusal::Refused(reason))
         }
-        Ok(Ok(other)) => Err(Refusal::Unreachable(format!("{} instead of an answer", other.name()))),
-        Ok(Err(e)) => Err(Refusal::Unreachable(e.to_string())),
-        Err(_) => Err(Refusal::Unreachable("it does not answer".into())),
+        other => Err(Refusal::Unreachable(format!("{} instead of an answer", other.name()))),
     }
 }
 
@@ -281,16 +318,14 @@ pub enum Refusal {
 }
 
 impl<C: Connector> Drain<'_, C> {
-    /// Serves until the destination says that nothing is missing. `links`: the first two connections, when they are there; `ranges`: what is
-    /// missing then.
-    pub async fn run(
-        &self,
-        originals: Originals,
-        links: Option<(C::Link, Faults<C::Link>)>,
-        ranges: Vec<(u32, u64, u64)>,
-    ) -> Result<Served<C::Link>, ServeError> {
+    /// Serves until the destination says that nothing is missing. `links`: the first two connections, when they are there; all
+    /// that may be missing is missing then.
+    pub async fn run(&self, originals: Originals, links: Option<(C::Link, Faults<C::Link>)>) -> Result<Served<C::Link>, ServeError> {
+        let pids = originals.pids.clone();
+        let door = tokio::task::spawn_blocking(move || door::shut(&pids));
+        let _door = AbortOnDropHandle::new(door);
         let originals = Arc::new(originals);
-        let mut first = links.map(|(bulk, faults)| Again::Links(bulk, faults, ranges));
+        let mut first = links.map(|(bulk, faults)| Again::Links(bulk, faults, originals.all()));
         let mut totals = Totals::default();
         let mut cut: Option<Instant> = None;
         loop {
@@ -443,22 +478,36 @@ async fn answer<L: Link>(s: Arc<Session>, mut faults: L) -> End {
         awake.touch();
         s.last_fault.store(s.started.elapsed().as_micros() as u64 + 1, Ordering::Relaxed);
         let ranges = s.left().fault(f.space, f.at);
-        if ranges.is_empty() {
-            continue;
-        }
-        match s.originals.read(f.space, &ranges) {
-            Ok(batches) => {
-                for b in batches {
-                    s.note(&b);
-                    if let Err(e) = pages.send(&b.runs, b.data).await {
-                        return e.into();
-                    }
-                }
-                s.answered.store(faults.bytes_sent(), Ordering::Relaxed);
+        // The page itself leaves before the others are read.
+        for ranges in page_first(ranges) {
+            if ranges.is_empty() {
+                continue;
             }
-            Err(e) => return End::Read(e),
+            let batches = match s.originals.read(f.space, &ranges) {
+                Ok(b) => b,
+                Err(e) => return End::Read(e),
+            };
+            for b in batches {
+                s.note(&b);
+                if let Err(e) = pages.send(&b.runs, b.data).await {
+                    return e.into();
+                }
+            }
+            tokio::task::yield_now().await;
         }
+        s.answered.store(faults.bytes_sent(), Ordering::Relaxed);
     }
+}
+
+/// The first page, and what else there is.
+fn page_first(mut ranges: Vec<(u64, u64)>) -> [Vec<(u64, u64)>; 2] {
+    let page = ranges.first_mut().map(|(start, _)| {
+        let at = *start;
+        *start += PAGE;
+        (at, *start)
+    });
+    ranges.retain(|(start, end)| start < end);
+    [page.into_iter().collect(), ranges]
 }
 
 /// Sends what nobody has asked for yet.
@@ -506,6 +555,46 @@ async fn push<P: PageSender>(s: Arc<Session>, mut pages: P, rtt: Duration, bandw
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::Failure;
+    use migrate_transport::memory::{self, MemoryLink};
+
+    /// Hands out these.
+    struct Prepared(Mutex<Vec<MemoryLink>>);
+
+    impl Connector for Prepared {
+        type Link = MemoryLink;
+        async fn connect(&self) -> Result<MemoryLink, Failure> {
+            let next = self.0.lock().unwrap().pop();
+            next.ok_or_else(|| Failure::failed("connect", 0, "no more of them"))
+        }
+        fn name(&self) -> String {
+            "prepared".into()
+        }
+    }
+
+    /// A link in memory cannot come again from the same socket, as little as one whose path was changed in between.
+    #[tokio::test]
+    async fn a_source_that_cannot_come_again_does_without() {
+        let (first, at_first, _a) = memory::pair(memory::Config::default());
+        let (second, at_second, _b) = memory::pair(memory::Config::default());
+        let connector = Prepared(Mutex::new(vec![second, first]));
+        let answer = async |mut link: MemoryLink, again: bool| {
+            let m = wire::recv(&mut link).await.unwrap();
+            let a = Message::Attached(Attached {
+                missing: Vec::new(),
+                again,
+            });
+            wire::send(&mut link, &a).await.unwrap();
+            match m {
+                Message::Attach(a) => (a.first, link),
+                other => panic!("{}", other.name()),
+            }
+        };
+        let answers = async { (answer(at_first, true).await, answer(at_second, true).await) };
+        let (taken, (one, two)) = tokio::join!(attach(&connector, "some", Channel::Faults), answers);
+        assert!(matches!(taken, Ok((_, Welcome::Missing(m))) if m.is_empty()));
+        assert_eq!((one.0, two.0), (true, false), "it is not to be asked for ever");
+    }
 
     #[test]
     fn a_list_of_missing_pages_is_held_against_what_may_be_missing() {

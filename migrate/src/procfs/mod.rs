@@ -41,6 +41,11 @@ pub fn path(pid: i32, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/{name}"))
 }
 
+/// `/proc/PID/map_files/START-END`: what a mapping maps, whatever its name is by now (proc_pid_map_files(5)).
+pub fn mapped(pid: i32, start: u64, end: u64) -> PathBuf {
+    path(pid, &format!("map_files/{start:x}-{end:x}"))
+}
+
 /// Reads `/proc/PID/NAME`, naming it in the error.
 pub fn read(pid: i32, name: &str) -> io::Result<Vec<u8>> {
     let p = path(pid, name);

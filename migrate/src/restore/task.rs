@@ -200,6 +200,10 @@ pub fn thread(t: &Thread, p: &Process, last_cap: u32, bounding: u64, leader: boo
     };
     let at = b.data(&attr.to_bytes());
     b.call("sched_setattr", libc::SYS_sched_setattr, &[0, at, 0]);
+    if !matches!(s.policy as i32, libc::SCHED_OTHER | libc::SCHED_BATCH) {
+        // The niceness does not count now, and is left as it is by the call before.
+        b.call("setpriority", libc::SYS_setpriority, &[libc::PRIO_PROCESS as u64, 0, s.nice as u64]);
+    }
     if s.ioprio != 0 {
         b.call("ioprio_set", libc::SYS_ioprio_set, &[1, 0, s.ioprio as u64]);
     }

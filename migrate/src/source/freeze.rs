@@ -16,6 +16,7 @@ use crate::{
 };
 use std::{
     cell::RefCell,
+    collections::HashMap,
     fs::File,
     io,
     sync::{Arc, Mutex},
@@ -399,10 +400,14 @@ impl Snapshot {
     /// What reads the pages that follow.
     pub fn originals(&self) -> io::Result<Originals> {
         let readers = self.later.iter().map(|p| Ok((p.space, open_reader(p.space, self)?)));
-        let may_follow = self.later.iter().map(|p| (p.space, PageSet::from_ranges(p.ranges.iter().copied())));
+        let mut ranges: HashMap<u32, Vec<(u64, u64)>> = HashMap::new();
+        for plan in &self.later {
+            ranges.entry(plan.space).or_default().extend(&plan.ranges);
+        }
         Ok(Originals {
+            pids: self.pids.clone(),
             readers: readers.collect::<io::Result<_>>()?,
-            may_follow: may_follow.collect(),
+            may_follow: ranges.into_iter().map(|(space, r)| (space, PageSet::from_ranges(r))).collect(),
         })
     }
 

@@ -15,7 +15,7 @@ pub mod shared;
 mod transfer;
 
 use crate::{
-    dump::{self, mm::Cache, pages::SpacePlan, tree::Dumped},
+    dump::{self, mm::Cache, tree::Dumped},
     journal::{self, Entry, Journal, Side, Stage},
     lazy::serve::{self, Refusal, ServeError},
     oracle,
@@ -564,8 +564,7 @@ async fn serve_later<C: Connector>(
     links: Option<(C::Link, serve::Faults<C::Link>)>,
 ) -> Result<serve::Served<C::Link>, ServeError> {
     let originals = snap.originals().map_err(ServeError::Read)?;
-    let missing = |p: &SpacePlan| p.ranges.iter().map(|r| (p.space, r.0, r.1)).collect::<Vec<_>>();
-    job.run(originals, links, snap.later.iter().flat_map(missing).collect()).await
+    job.run(originals, links).await
 }
 
 /// The copy runs, and something keeps its last pages here.

@@ -50,11 +50,14 @@ pub fn set_sched(tid: i32, attr: SchedAttr) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_sched_setattr, tid, &raw const attr, 0) }).map(drop)
 }
 
-/// Scheduling of a task: sched_getattr(2), ioprio_get(2), sched_getaffinity(2).
+/// Scheduling of a task: sched_getattr(2), getpriority(2), ioprio_get(2), sched_getaffinity(2).
 pub fn sched(tid: i32, all_cpus: &[u64]) -> io::Result<Sched> {
     let mut a = SchedAttr::default();
     // SAFETY: the kernel writes at most 48 bytes into `a`.
     check(unsafe { libc::syscall(libc::SYS_sched_getattr, tid, &raw mut a, 48, 0) })?;
+    // A policy of real time has a niceness too, for when it ends, of which sched_getattr(2) says nothing. The system call answers 20 less it.
+    // SAFETY: no pointers.
+    let nice = 20 - check(unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid) })? as i32;
     // SAFETY: no pointers.
     let ioprio = check(unsafe { libc::syscall(libc::SYS_ioprio_get, 1, tid) }).unwrap_or(0) as u32;
     let mask = affinity(tid)?;
@@ -62,7 +65,7 @@ pub fn sched(tid: i32, all_cpus: &[u64]) -> io::Result<Sched> {
     Ok(Sched {
         policy: a.policy,
         flags: a.flags,
-        nice: a.nice,
+        nice,
         priority: a.priority,
         deadline: (a.runtime, a.deadline, a.period),
         ioprio,

@@ -29,6 +29,7 @@ use super::{Scan, TrackError, Tracker, over_file};
 use crate::{
     image::{Backing, PAGE, Vma},
     pages::PageSet,
+    procfs,
     sys::{
         mem::{self, Mem},
         pagemap::{Pagemap, Range},
@@ -219,7 +220,7 @@ impl WpAsync {
             return;
         }
         // Without a witness a page is sent again at the freeze.
-        let opened = mapped(self.pid, vma).and_then(|file| Ok((file, Mem::open(self.pid)?)));
+        let opened = File::open(procfs::mapped(self.pid, vma.start, vma.end)).and_then(|file| Ok((file, Mem::open(self.pid)?)));
         let Ok((file, mem)) = opened.inspect_err(|e| tracing::debug!(error = %e, "no witnesses at {:x}", vma.start)) else {
             return;
         };
@@ -251,14 +252,14 @@ impl WpAsync {
                 None => out.insert(page, page + PAGE),
             }
         }
-        let mem = Mem::open(self.pid);
-        let mut now = vec![0; mem::RANGES * WORD];
+        let mut buf = vec![0; words.len().min(mem::RANGES) * WORD];
         for batch in words.chunks(mem::RANGES) {
             let ranges: Vec<(u64, u64)> = batch.iter().map(|w| (w.1, WORD as u64)).collect();
-            let now = &mut now[..batch.len() * WORD];
+            let now = &mut buf[..batch.len() * WORD];
             let mut known = vec![true; batch.len()];
             if mem::read_many(self.pid, &ranges, now).is_err() {
                 // One of them may not be read by the program itself.
+                let mem = Mem::open(self.pid);
                 for ((now, known), (at, _)) in now.chunks_mut(WORD).zip(&mut known).zip(&ranges) {
                     *known = mem.as_ref().is_ok_and(|m| m.read(*at, now).is_ok());
                 }
@@ -291,11 +292,6 @@ impl WpAsync {
         scan.gone = held.difference(&scan.dirty);
         Ok(scan)
     }
-}
-
-/// The file behind a mapping, whatever its name is by now.
-fn mapped(pid: i32, vma: &Vma) -> io::Result<File> {
-    File::open(format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end))
 }
 
 /// The first word by which two pages differ: its offset, and what it is in the first.
