@@ -2,10 +2,11 @@
 # make test     install what the tests need (as root, when missing), build, run everything; the last line counts
 # make demo     two hosts on this machine, two programs moved between them while a client keeps asking
 # make bench    the figures of the README
-# make chaos    agents killed at random instants, ten times as often as in the tests, and at every step
+# make chaos    agents killed and links cut at every step, and at random instants: N times as often as in the tests (13: some 1,000 migrations)
 # make fuzz     everything that reads bytes of others under libFuzzer (FUZZ=executions of each); takes a C++ compiler
 # make soak     a random workload of mappings moved 200 times, a million operations; one program back and forth 1,000 times
 CARGO ?= cargo
+N ?= 13
 
 .PHONY: all build test demo bench chaos fuzz soak tools
 all: build
@@ -28,7 +29,7 @@ bench: tools
 	$(CARGO) bench --quiet --bench downtime
 
 chaos: tools
-	MIGRATE_CHAOS=10 $(CARGO) test --test failure -- --test-threads=1 --nocapture killed_at_random at_each_step
+	MIGRATE_CHAOS=$(N) $(CARGO) test --test failure -- --test-threads=1 --nocapture killed_at_random at_each_step
 
 fuzz:
 	tests/fuzz/run.sh

@@ -1,12 +1,12 @@
 //! The figures of the README, as a table: freeze as a program sees it, throughput against a plain QUIC connection, memory of the agents,
 //! scale.
 //!
-//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `precopy`, `lazy`, `predict`, `growth`, `cost`, `redis`, `throughput`, `memory`, `scale`; all
-//! of them without any. `MIB@RATE` is a part as well: pre-copy of so much memory, written at so many megabytes a second; and so is `MODE:MIB@RATE`, and
-//! `MODE/shared:MIB@RATE` with anonymous shared memory. Rows are printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how
-//! often each is measured; the middle counts.
+//! `cargo bench --bench downtime [-- PART...]`, with parts `freeze`, `precopy`, `lazy` (of it the `walk` alone), `predict`, `growth`, `cost`, `redis` (of it the `clients` alone),
+//! `throughput`, `parallel`, `memory`, `scale`; all of them without any. `MIB@RATE` is a part as well: pre-copy of so much memory, written at so many megabytes a
+//! second; and so is `MODE:MIB@RATE`, `MODE/shared:MIB@RATE` with anonymous shared memory, and `MODE/rest:MIB@RATE` of a program that looks at a page every 100 ms.
+//! Rows are printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle counts.
 
-use migrate_harness::{Guest, Hosts, Run, Stdio, programs, within};
+use migrate_harness::{Client, Guest, Hosts, Process, Receiver, Redis, Run, Stdio, programs, within};
 use std::{
     fs,
     path::Path,
@@ -18,6 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// The port it listens on unless it is told.
+const REDIS: u16 = 6379;
 const MIB: f64 = (1 << 20) as f64;
 
 fn main() {
@@ -51,8 +53,17 @@ fn main() {
     if wanted("redis") {
         redis();
     }
+    if asked.iter().any(|a| a == "clients") {
+        redis_clients();
+    }
+    if asked.iter().any(|a| a == "walk") {
+        walk();
+    }
     if wanted("throughput") {
         throughput();
+    }
+    if wanted("parallel") {
+        parallel();
     }
     if wanted("memory") {
         memory();
@@ -159,14 +170,13 @@ fn freeze() {
 /// One migration of a program of `mib` MiB of random data that writes `rate` MB/s at random addresses: (its own gap at the freeze, its longest in the
 /// whole migration, its longest in the same time before, the report).
 fn moved(hosts: &Hosts, mode: &str, mib: &str, rate: &str) -> (f64, f64, f64, serde_json::Value) {
-    let (mode, shared) = match mode.strip_suffix("/shared") {
-        Some(mode) => (mode, "1"),
-        None => (mode, "0"),
-    };
+    let (mode, kind) = mode.split_once('/').unwrap_or((mode, ""));
+    let shared = if kind == "shared" { "1" } else { "0" };
+    let rest = if kind == "rest" { "100000" } else { "50" };
     let guest = Guest::start(
         &hosts.a,
         "ballast",
-        &[("mib", mib), ("rate", rate), ("shared", shared), ("rest-us", "50")],
+        &[("mib", mib), ("rate", rate), ("shared", shared), ("rest-us", rest)],
     );
     guest.reset_gap();
     thread::sleep(Duration::from_millis(1500));
@@ -280,6 +290,7 @@ fn lazy() {
         workload("post-copy", mib, "0", runs());
     }
     workload("post-copy/shared", "1024", "0", runs());
+    workload("post-copy/rest", "1024", "0", runs());
     for rate in ["50", "200", "1000"] {
         workload("hybrid", "1024", rate, runs());
     }
@@ -385,40 +396,71 @@ fn cost() {
     row("the same during the rounds", "", during);
 }
 
+/// redis-server with a million keys of 1000 bytes.
+fn filled_redis<'h>(hosts: &'h Hosts) -> Process<'h> {
+    let server = Redis::start(hosts, &hosts.a, REDIS, &["--save", ""]);
+    let redis = Redis::of(&hosts.a, REDIS);
+    redis
+        .ask(&["DEBUG", "POPULATE", "1000000", "key", "1000"])
+        .expect("redis was not filled");
+    server
+}
+
+/// Clients of a redis-server, each with a new connection for every request: the longest that any of them waited for its answer, and what 99 in a hundred did
+/// not wait longer than, in a second and a half without a migration and in all of it with one.
+fn redis_clients() {
+    const CLIENTS: usize = 4;
+    for mode in ["pre-copy", "hybrid", "post-copy"] {
+        let mut waits = [vec![], vec![], vec![], vec![]];
+        for _ in 0..runs().min(5) {
+            let hosts = hosts();
+            let server = filled_redis(&hosts);
+            let asked = || {
+                (0..CLIENTS)
+                    .map(|_| Client::redis(&hosts, REDIS, Duration::from_millis(1)))
+                    .collect::<Vec<_>>()
+            };
+            let mut note = |clients: Vec<Client>, to: usize| {
+                let mut all: Vec<f64> = clients
+                    .iter()
+                    .flat_map(Client::answers)
+                    .map(|a| (a.came - a.asked).as_secs_f64() * 1e3)
+                    .collect();
+                all.sort_by(f64::total_cmp);
+                waits[to].push(all.last().copied().unwrap_or(f64::NAN));
+                waits[to + 1].push(all.get(all.len() * 99 / 100).copied().unwrap_or(f64::NAN));
+            };
+            let clients = asked();
+            thread::sleep(Duration::from_millis(1500));
+            note(clients, 0);
+            let clients = asked();
+            thread::sleep(Duration::from_millis(200));
+            let receiver = hosts.b.receive(&Stdio::Null);
+            let run = hosts.a.send(server.pid, &receiver, &["--mode", mode]);
+            if run.code != 0 {
+                eprintln!("redis: {}", run.all());
+                continue;
+            }
+            thread::sleep(Duration::from_millis(200));
+            note(clients, 2);
+        }
+        let names = ["longest wait alone", "99 in a hundred alone", "longest wait", "99 in a hundred"];
+        for (name, waits) in names.iter().zip(waits) {
+            row(
+                &format!("redis-server, 1 GiB, {CLIENTS} clients that reconnect, {mode}: {name}"),
+                "ms",
+                waits,
+            );
+        }
+    }
+}
+
 /// redis-server with 1 GiB of keys under writes.
 fn redis() {
     let (mut freeze, mut rounds, mut total, mut sent) = (vec![], vec![], vec![], vec![]);
     for _ in 0..runs().min(5) {
         let hosts = hosts();
-        let dir = hosts.file("redis");
-        let _ = fs::create_dir_all(&dir);
-        let dir = dir.display().to_string();
-        let server = hosts
-            .a
-            .command([
-                "redis-server",
-                "--bind",
-                "127.0.0.1",
-                "--save",
-                "",
-                "--enable-debug-command",
-                "yes",
-                "--dir",
-                &dir,
-            ])
-            .start();
-        let cli = |args: &[&str]| {
-            let mut all = vec!["redis-cli"];
-            all.extend(args);
-            let p = hosts.a.command(all).start();
-            p.wait_for(Duration::from_secs(120));
-            p.stdout()
-        };
-        within("redis answers", Duration::from_secs(20), || {
-            cli(&["ping"]).contains("PONG").then_some(())
-        });
-        let filled = cli(&["debug", "populate", "1000000", "key", "1000"]);
-        assert!(filled.contains("OK"), "redis was not filled: {filled}");
+        let server = filled_redis(&hosts);
         let load = "i=0; while true; do i=$((i+1)); for k in 1 2 3 4 5 6 7 8; do echo SET w:$(( (i*8+k) % 100000 )) v$i; done | redis-cli >/dev/null; done";
         let writer = hosts.a.command(["busybox", "sh", "-c", load]).start();
         thread::sleep(Duration::from_millis(500));
@@ -439,6 +481,7 @@ fn redis() {
     row("redis-server: rounds", "", rounds);
     row("redis-server: total", "ms", total);
     row("redis-server: sent", "MB", sent);
+    redis_clients();
 }
 
 /// The number that `migrate ceiling measure` prints, bytes a second.
@@ -482,6 +525,48 @@ fn throughput() {
         row("plain QUIC between the same hosts", "MiB/s", theirs);
         ratio.sort_by(f64::total_cmp);
         println!("| the first over the second, run by run | {:.2} | |", ratio[ratio.len() / 2]);
+    }
+}
+
+/// A GiB of random data in one program, and in sixteen that are moved to one receiver at once: what all of them together carry, from the start of the first
+/// sender to the end of the last.
+fn parallel() {
+    for (count, mib) in [(1_usize, "1024"), (16, "64")] {
+        let (mut rate, mut freeze) = (vec![], vec![]);
+        for _ in 0..runs().min(5) {
+            let hosts = hosts();
+            let guests: Vec<Guest> = (0..count)
+                .map(|_| Guest::start(&hosts.a, "ballast", &[("mib", mib), ("rest-us", "100000")]))
+                .collect();
+            let receiver = Receiver::that_stays(&hosts.b, &[]);
+            hosts.a.send(guests[0].pid, &receiver, &["--dry-run"]);
+            let began = Instant::now();
+            let senders: Vec<Process<'_>> = guests
+                .iter()
+                .map(|g| {
+                    let pid = g.pid.to_string();
+                    hosts
+                        .a
+                        .migrate(&["send", &pid, &receiver.target, "--json", "--mode", "pre-copy"])
+                        .start()
+                })
+                .collect();
+            for sender in &senders {
+                let run = Run::of(sender, Duration::from_secs(120));
+                if run.code == 0 {
+                    freeze.push(number(&run.json(), "/downtime_ms"));
+                } else {
+                    eprintln!("parallel: {}", run.all());
+                }
+            }
+            rate.push(1024.0 / began.elapsed().as_secs_f64());
+        }
+        row(
+            &format!("{count} at once, {mib} MiB each, into one receiver: all together"),
+            "MiB/s",
+            rate,
+        );
+        row(&format!("{count} at once: freeze of each"), "ms", freeze);
     }
 }
 

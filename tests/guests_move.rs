@@ -54,6 +54,8 @@ moved! {
     descriptors_of_every_kind: "fds" &[];
     sockets_with_queued_data_and_options: "sockets" &[];
     credentials_limits_and_names: "creds" &[];
+    a_niceness_beside_real_time: "creds" &[("policy", "2")];
+    a_niceness_of_an_idle_one: "creds" &[("policy", "5")];
 }
 
 /// The pids of the tree are taken on B: it must see its own all the same, in a namespace of its own.

@@ -6,15 +6,13 @@ use migrate_engine::{
     image::PAGE,
     wire::{self, Accept, Applied, Attached, Message, Ranges},
 };
-use migrate_harness::{Ended, Guest, Host, Hosts, Receiver, Run, Stdio, eventually, two_hosts, within};
+use migrate_harness::{Ended, Guest, Hosts, Receiver, Run, Stdio, eventually, two_hosts, within};
 use migrate_transport::{
     Link, PageFrame, PageReceiver, PageSender, Section, codec,
     quic::{self, Listener, QuicLink},
     trust::{Identity, Ticket, Tickets, TrustStore},
 };
-use nix::sched::{CloneFlags, setns};
 use std::{
-    fs::File,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -26,22 +24,6 @@ use std::{
 
 /// Shorter than the default of two minutes: peers stall here on purpose.
 const PATIENT: [&str; 2] = ["--peer-timeout", "2s"];
-
-/// Runs something in the network of a host, on a thread of its own.
-fn in_network<T: Send>(host: &Host, what: impl AsyncFnOnce() -> T + Send) -> T {
-    let net = File::open(format!("/proc/{}/ns/net", host.init())).expect("the host's network");
-    thread::scope(|scope| {
-        let run = scope.spawn(move || {
-            setns(net, CloneFlags::CLONE_NEWNET).expect("setns");
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .expect("a runtime");
-            runtime.block_on(what())
-        });
-        run.join().unwrap_or_else(|failed| std::panic::resume_unwind(failed))
-    })
-}
 
 /// What a receiver does at a message instead of what it should.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -160,7 +142,10 @@ impl Fake {
                     shape_ms: 1.0,
                 }),
                 Message::State(_) => continue,
-                Message::Attach(_) => Message::Attached(Attached { missing: Vec::new() }),
+                Message::Attach(_) => Message::Attached(Attached {
+                    missing: Vec::new(),
+                    again: false,
+                }),
                 Message::Handover(_) | Message::Query(_) => Message::Aborted("this one takes nothing".into()),
                 _ => return None,
             };
@@ -205,7 +190,10 @@ async fn misbehave(link: &mut QuicLink, wrong: Wrong, m: &Message, (pages, zero)
                 1 => Message::Credit(1 << 40),
                 2 => Message::Fault(wire::Fault { space: 0, at: 0x1000 }),
                 3 => Message::Pending,
-                _ => Message::Attached(Attached { missing: Vec::new() }),
+                _ => Message::Attached(Attached {
+                    missing: Vec::new(),
+                    again: false,
+                }),
             };
             wire::send(link, &m).await.ok()?;
         }
@@ -235,7 +223,7 @@ fn sent_to(hosts: &Hosts, guest: &Guest, fake: Fake, mode: &str) -> (Run, Vec<Sa
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let run = thread::scope(|scope| {
         scope.spawn(|| {
-            in_network(&hosts.b, async move || {
+            hosts.b.inside_async(async move || {
                 let dir = tempfile::tempdir().expect("a directory");
                 let id = Identity::ephemeral().expect("an identity");
                 let store = TrustStore::open(dir.path()).expect("a trust store");
@@ -629,13 +617,6 @@ fn variants(heard: &[Said], numbers: &mut Numbers, count: usize) -> Vec<(String,
     out
 }
 
-/// Peak resident memory of a process of this machine, in MiB.
-fn peak(outer: i32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{outer}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
-    line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) >> 10
-}
-
 fn wrong_senders(mode: &str) {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "8"), ("dirty", "4"), ("shared", "1")]);
@@ -648,7 +629,6 @@ fn wrong_senders(mode: &str) {
         .collect();
     assert!(heard.len() >= 4, "a conversation");
     let receiver = Receiver::that_stays(&hosts.b, &PATIENT);
-    let agent = receiver.process.outer();
     let seed = std::env::var("MIGRATE_SEED")
         .ok()
         .and_then(|s| s.parse().ok())
@@ -677,7 +657,7 @@ fn wrong_senders(mode: &str) {
                 i.id = format!("{n:032x}");
             }
         }
-        let done = in_network(&hosts.a, async || {
+        let done = hosts.a.inside_async(async || {
             let mut link = sender.connect().await;
             let done = repeat(&mut link, &conversation).await;
             link.close("the end of a test").await;
@@ -710,9 +690,9 @@ fn wrong_senders(mode: &str) {
     }
     println!(
         "{released} copies were released, {told} times it was told why not, peak of the receiver {} MiB",
-        peak(agent)
+        receiver.process.peak()
     );
-    assert!(peak(agent) < 400, "{} MiB", peak(agent));
+    assert!(receiver.process.peak() < 400, "{} MiB", receiver.process.peak());
     receiver.process.signal(nix::sys::signal::Signal::SIGINT);
     assert_eq!(
         receiver.process.wait_for(Duration::from_secs(10)),

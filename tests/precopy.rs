@@ -48,7 +48,7 @@ traps! {
     a_mapping_that_moves: "moved";
     a_mapping_whose_other_half_moves: "moved-beside";
     mappings_that_change_places: "swapped";
-    mappings_that_move_by_one_call: "moved-together";
+    mappings_that_move_by_one_call: "moved-together-or-in-part";
     pages_that_move_and_leave_their_mapping: "left-behind";
     unmapped_and_mapped_again: "replaced";
     mapped_over: "mapped-over";

@@ -1,10 +1,7 @@
 //! Programs that nobody here wrote, started as anyone would start them, moved with `--mode stop`.
 
-use migrate_harness::{Hosts, HttpClient, Process, Redis, Stdio, need, programs, python, skip, two_hosts, within};
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use migrate_harness::{Client, Hosts, Process, Redis, Stdio, need, programs, python, skip, two_hosts, within};
+use std::time::{Duration, Instant};
 
 fn count_in(text: impl Fn() -> String, at_least: usize) {
     within(&format!("{at_least} numbers"), Duration::from_secs(60), || {
@@ -199,7 +196,7 @@ fn http_counter(argv: &[&str], wait_for: &str) {
     within("start of the server", Duration::from_secs(30), || {
         hosts.read(&out).contains(wait_for).then_some(())
     });
-    let client = HttpClient::start(&hosts, 8000, Duration::from_millis(5));
+    let client = Client::http(&hosts, 8000, Duration::from_millis(5));
     client.wait_for(0, 50);
     let mut pid = server.pid;
     for (from, to) in [(&hosts.a, 1), (&hosts.b, 0)] {
@@ -240,37 +237,42 @@ fn python_http_counter() {
     http_counter(&[python.to_str().unwrap(), "-c", programs::PYTHON_COUNTER, "8000"], "listening");
 }
 
+/// Those who come to the old address are turned away at once, not when the last page has come.
+#[test]
+fn redis_answers_while_its_pages_follow() {
+    let hosts = two_hosts!();
+    let _ = need!("redis-server");
+    let server = Redis::start(&hosts, &hosts.a, 6400, &["--save", ""]);
+    let on_a = Redis::of(&hosts.a, 6400);
+    // 128 MiB.
+    on_a.ask(&["DEBUG", "POPULATE", "32768", "key", "4096"]).expect("keys");
+    let client = Client::redis(&hosts, 6400, Duration::from_millis(2));
+    client.wait_for(0, 50);
+    let moved = hosts.move_with(
+        &hosts.a,
+        server.pid,
+        &Stdio::Null,
+        &["--mode", "post-copy", "--bandwidth", "40MB/s"],
+    );
+    let drained = Instant::now();
+    client.wait_for(1, 50);
+    let answers = client.answers();
+    let early = answers.iter().filter(|a| a.host == 1 && a.came < drained).count();
+    println!(
+        "{early} answers before the end of a drain of {:.1} s; longest wait {:.1} ms",
+        moved.report["drain"]["ms"].as_f64().unwrap_or(f64::NAN) / 1e3,
+        client.longest_wait().as_secs_f64() * 1e3
+    );
+    assert!(early >= 50, "{early} answers of {} came before the last page", answers.len());
+    client.expect_counts_on();
+}
+
 #[test]
 fn redis_with_256_mib_of_keys() {
     let hosts = two_hosts!();
-    let redis_server = need!("redis-server");
-    let dir = hosts.file("redis");
-    std::fs::create_dir(&dir).unwrap();
-    let argv = [
-        redis_server.to_str().unwrap(),
-        "--port",
-        "6400",
-        "--bind",
-        "0.0.0.0",
-        "--protected-mode",
-        "no",
-        "--enable-debug-command",
-        "yes",
-        "--dir",
-        dir.to_str().unwrap(),
-        "--save",
-        "3600 1 300 100",
-        "--appendonly",
-        "no",
-    ];
-    let server = hosts
-        .a
-        .command(argv)
-        .stdio(Stdio::File(hosts.file("redis-log")))
-        .cwd(Path::new(&dir))
-        .start();
+    let _ = need!("redis-server");
+    let server = Redis::start(&hosts, &hosts.a, 6400, &["--save", "3600 1 300 100"]);
     let on_a = Redis::of(&hosts.a, 6400);
-    on_a.wait();
     // 65,536 keys of 4 KiB each.
     on_a.ask(&["DEBUG", "POPULATE", "65536", "key", "4096"]).expect("keys");
     on_a.ask(&["SET", "tongue", "hello"]).expect("a key");

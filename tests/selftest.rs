@@ -1,6 +1,6 @@
 //! The hosts and the guests themselves, with nothing moved: what fails here says nothing about the program under test.
 
-use migrate_harness::{Ended, Guest, HttpClient, Redis, Stdio, need, programs, python, tool, two_hosts, within};
+use migrate_harness::{Client, Ended, Guest, Redis, Stdio, need, programs, python, tool, two_hosts, within};
 use std::{net::TcpListener, net::TcpStream, path::Path, time::Duration};
 
 #[test]
@@ -158,7 +158,7 @@ fn http_counter_and_its_client() {
     within("start of the server", Duration::from_secs(20), || {
         server.stdout().contains("listening").then_some(())
     });
-    let client = HttpClient::start(&hosts, 8000, Duration::from_millis(5));
+    let client = Client::http(&hosts, 8000, Duration::from_millis(5));
     client.wait_for(0, 20);
     client.expect_counts_on();
     assert!(client.answers().iter().all(|a| a.host == 0));
@@ -175,7 +175,7 @@ fn node_counter_and_its_client() {
     within("start of the server", Duration::from_secs(20), || {
         server.stdout().contains("listening").then_some(())
     });
-    let client = HttpClient::start(&hosts, 8000, Duration::from_millis(5));
+    let client = Client::http(&hosts, 8000, Duration::from_millis(5));
     client.wait_for(0, 20);
     client.expect_counts_on();
 }
@@ -184,20 +184,8 @@ fn node_counter_and_its_client() {
 fn redis_answers_its_client() {
     let hosts = two_hosts!();
     let _ = need!("redis-server");
-    let args = [
-        "redis-server",
-        "--port",
-        "6400",
-        "--bind",
-        "0.0.0.0",
-        "--protected-mode",
-        "no",
-        "--enable-debug-command",
-        "yes",
-    ];
-    let _server = hosts.a.command(args).start();
+    let _server = Redis::start(&hosts, &hosts.a, 6400, &[]);
     let redis = Redis::of(&hosts.a, 6400);
-    redis.wait();
     assert_eq!(redis.ask(&["SET", "key", "value"]).unwrap(), "OK");
     assert_eq!(redis.ask(&["GET", "key"]).unwrap(), "value");
     assert_eq!(redis.ask(&["DEBUG", "DIGEST"]).unwrap().len(), 40);

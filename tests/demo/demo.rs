@@ -1,6 +1,6 @@
 //! `make demo`: two hosts on this machine, a shell counter and an HTTP counter that move from one to the other while they run.
 
-use migrate_harness::{Hosts, HttpClient, Moved, Stdio, programs, python, tool, within};
+use migrate_harness::{Client, Hosts, Moved, Stdio, programs, python, tool, within};
 use std::time::Duration;
 
 fn main() {
@@ -97,7 +97,7 @@ fn http(hosts: &Hosts) {
     within("start of the server", Duration::from_secs(30), || {
         hosts.read(&out).contains("listening").then_some(())
     });
-    let client = HttpClient::start(hosts, 8000, Duration::from_millis(5));
+    let client = Client::http(hosts, 8000, Duration::from_millis(5));
     client.wait_for(0, 200);
     let moved = hosts.move_tree(&hosts.a, process.pid, &Stdio::Null);
     client.wait_for(1, 200);

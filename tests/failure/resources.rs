@@ -1,10 +1,7 @@
 //! A receiving host without room: for the journal, for processes, for memory; and one on which a file disappears after the preflight. The program lives on
 //! where it was, nothing is left at the other host, and once there is room it moves.
 
-use crate::{
-    Victim, copies,
-    steps::{self, stands},
-};
+use crate::{Victim, copies, steps};
 use migrate_harness::{Guest, Host, Hosts, Process, Receiver, Run, Stdio, eventually, skip, two_hosts, within};
 use nix::sys::signal::Signal;
 use std::{fs, path::PathBuf, time::Duration};
@@ -56,15 +53,6 @@ fn fill(host: &Host, state: &std::path::Path) {
 
 fn send(hosts: &Hosts, guest: &Guest, receiver: &Receiver<'_>) -> Run {
     hosts.a.send(guest.pid, receiver, &["--mode", "hybrid"])
-}
-
-/// Both agents, the receiver standing still at a step.
-fn standing_at<'h>(hosts: &'h Hosts, guest: &Guest, step: &str, how: &[&str]) -> (Process<'h>, Receiver<'h>) {
-    let number = (Signal::SIGSTOP as i32).to_string();
-    let env = [("MIGRATE_AT", step), ("MIGRATE_AT_SIGNAL", number.as_str())];
-    let (sender, receiver) = steps::start(hosts, guest, Victim::Receiver, how, &env);
-    assert!(stands(&receiver.process), "{}", receiver.process.stderr());
-    (sender, receiver)
 }
 
 #[test]
@@ -141,6 +129,21 @@ impl Drop for Group {
 
 const MEMORY: [&str; 2] = ["memory.max", "memory.limit_in_bytes"];
 
+/// Both agents, the receiver standing still before it puts the first pages in place.
+fn at_its_first_round<'h>(hosts: &'h Hosts, guest: &Guest) -> (Process<'h>, Receiver<'h>) {
+    let how = ["--mode", "pre-copy", "--peer-timeout", "10s"];
+    steps::standing_at(hosts, guest, Victim::Receiver, "got Round#1", &how)
+}
+
+/// The receiver goes on and cannot: both agents end.
+fn fails(sender: &Process<'_>, receiver: &Receiver<'_>, within: Duration) {
+    receiver.process.signal(Signal::SIGCONT);
+    let ended = sender.wait_for(Duration::from_secs(60));
+    println!("{ended:?} {}", sender.stdout().trim());
+    assert_eq!(ended, migrate_harness::Ended::Code(1), "{}", sender.stderr());
+    receiver.process.wait_for(within);
+}
+
 #[test]
 fn no_room_for_more_processes() {
     let hosts = two_hosts!();
@@ -148,15 +151,11 @@ fn no_room_for_more_processes() {
         return skip("no cgroup with a limit of processes can be made here");
     };
     let guest = Guest::start(&hosts.a, "threads", &[]);
-    let (sender, receiver) = standing_at(&hosts, &guest, "got Round#1", &["--mode", "pre-copy", "--peer-timeout", "10s"]);
+    let (sender, receiver) = at_its_first_round(&hosts, &guest);
     group.take(receiver.process.outer());
     let now = fs::read_to_string(group.0.join("pids.current")).expect("their number");
     group.limit(["pids.max"; 2], now.trim().parse::<u64>().expect("a number") + 3);
-    receiver.process.signal(Signal::SIGCONT);
-    let ended = sender.wait_for(Duration::from_secs(60));
-    println!("{ended:?} {}", sender.stdout().trim());
-    assert_eq!(ended, migrate_harness::Ended::Code(1), "{}", sender.stderr());
-    receiver.process.wait_for(Duration::from_secs(20));
+    fails(&sender, &receiver, Duration::from_secs(20));
     lives_on_and_moves(&hosts, &guest, "no room for processes", || {});
 }
 
@@ -186,14 +185,10 @@ fn memory_runs_out_in_a_round() {
         return skip("no cgroup with a limit of memory can be made here");
     };
     let guest = Guest::start(&hosts.a, "ballast", &[("mib", "192")]);
-    let (sender, receiver) = standing_at(&hosts, &guest, "got Round#1", &["--mode", "pre-copy", "--peer-timeout", "10s"]);
+    let (sender, receiver) = at_its_first_round(&hosts, &guest);
     group.take(receiver.process.outer());
     group.limit(MEMORY, 96 << 20);
-    receiver.process.signal(Signal::SIGCONT);
-    let ended = sender.wait_for(Duration::from_secs(60));
-    println!("{ended:?} {}", sender.stdout().trim());
-    assert_eq!(ended, migrate_harness::Ended::Code(1), "{}", sender.stderr());
-    receiver.process.wait_for(Duration::from_secs(30));
+    fails(&sender, &receiver, Duration::from_secs(30));
     lives_on_and_moves(&hosts, &guest, "memory ran out", || {});
 }
 
@@ -201,7 +196,7 @@ fn memory_runs_out_in_a_round() {
 fn a_file_disappears_after_the_preflight() {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "counter", &[]);
-    let (sender, receiver) = standing_at(&hosts, &guest, "sent Accept#1", &["--mode", "hybrid"]);
+    let (sender, receiver) = steps::standing_at(&hosts, &guest, Victim::Receiver, "sent Accept#1", &["--mode", "hybrid"]);
     // All that the guest has open.
     let dir = guest.dir().display().to_string();
     shell(&hosts.b, &format!("busybox mount -t tmpfs none {dir}")).expect_code(0);

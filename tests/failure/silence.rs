@@ -13,11 +13,8 @@ const END: Duration = Duration::from_secs(60);
 fn at(mode: &str, step: &str, victim: Victim, during: impl FnOnce(&Hosts, [&Process<'_>; 2]), code: i32, on: &str) {
     let hosts = two_hosts!();
     let guest = Guest::start(&hosts.a, "counter", &[]);
-    let env = [("MIGRATE_AT", step), ("MIGRATE_AT_SIGNAL", "19")];
-    let (sender, receiver) = steps::start(&hosts, &guest, victim, &["--mode", mode], &env);
+    let (sender, receiver) = steps::standing_at(&hosts, &guest, victim, step, &["--mode", mode]);
     let agents = [&sender, &receiver.process];
-    let agent = if victim == Victim::Sender { agents[0] } else { agents[1] };
-    assert!(steps::stands(agent), "{step}: {}", agent.stderr());
     during(&hosts, agents);
     for agent in agents {
         let ended = agent.wait_for(END);

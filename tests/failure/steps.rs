@@ -1,7 +1,7 @@
 //! Something happens at each step of the protocol and of the freeze in turn (`migrate_engine::steps`): an agent ends, both do, the link is cut. The program lives on
 //! exactly once.
 
-use crate::{Dice, Victim, copies, goes_on, lives_on_once};
+use crate::{Dice, Victim, copies, goes_on, lives_on_once, nothing_left};
 use migrate_harness::{Guest, Hosts, Process, Receiver, Stdio, eventually, two_hosts, within};
 use nix::sys::signal::Signal;
 use std::{fs, time::Duration};
@@ -19,6 +19,16 @@ pub fn start<'h>(hosts: &'h Hosts, guest: &Guest, victim: Victim, how: &[&str], 
     let pid = guest.pid.to_string();
     let args = [hosts.a.send_args_any(&pid, &receiver), how.to_vec()].concat();
     let sender = with(hosts.a.migrate(&args), Victim::Sender).start();
+    (sender, receiver)
+}
+
+/// Both agents, one of them standing still at a step.
+pub fn standing_at<'h>(hosts: &'h Hosts, guest: &Guest, victim: Victim, step: &str, how: &[&str]) -> (Process<'h>, Receiver<'h>) {
+    let number = (Signal::SIGSTOP as i32).to_string();
+    let env = [("MIGRATE_AT", step), ("MIGRATE_AT_SIGNAL", number.as_str())];
+    let (sender, receiver) = start(hosts, guest, victim, how, &env);
+    let agent = if victim == Victim::Sender { &sender } else { &receiver.process };
+    assert!(stands(agent), "{step}: {}", agent.stderr());
     (sender, receiver)
 }
 
@@ -141,8 +151,7 @@ fn at_each_step(victim: Victim, how: &[&str], deed: Deed) {
             r.process.wait_for(Duration::from_secs(5));
         }
         end(&hosts, &guest);
-        let keepers = || hosts.b.running("migrate keeper").len();
-        assert!(eventually(Duration::from_secs(10), || keepers() == 0), "{when}: a keeper stays");
+        nothing_left(&hosts, &when);
     }
     println!(
         "{} of {} steps: {stayed} stayed, {moved} moved, {missed} not reached",

@@ -12,10 +12,7 @@ use migrate_engine::{
     journal::{Entry, Journal},
     lazy::ipc::{self, FromKeeper, ToKeeper},
     procfs::{fdinfo, maps, stat, status, timens, timers},
-    restore::{
-        plan,
-        shape::{self, Named},
-    },
+    restore::{plan, shape},
     wire::{Message, Ranges, RoundStart},
 };
 use migrate_transport::{
@@ -45,11 +42,11 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("journal", journal),
     ("checkpoint", image),
     ("maps", maps_text),
-    ("fdinfo", fdinfo_text),
-    ("stat", stat_text),
-    ("status", status_text),
-    ("timers", timers_text),
-    ("timens", timens_text),
+    ("fdinfo", |data| drop(fdinfo::parse(data))),
+    ("stat", |data| drop(stat::parse(data))),
+    ("status", |data| drop(status::parse(data))),
+    ("timers", |data| drop(timers::parse(data))),
+    ("timens", |data| drop(timens::parse(data))),
     ("vdso", vdso_image),
 ];
 
@@ -158,28 +155,12 @@ fn trust(data: &[u8]) {
             let name = PeerName::new("someone").expect("a name");
             let _ = store.add(someone, &name);
         }
-        // The one file of the store, whatever it is called.
-        let mut files = walk(dir);
-        files.retain(|f| f.to_string_lossy().contains("1111"));
-        if let Some(file) = files.first() {
-            fs::write(file, data).expect("a file in memory");
-            let _ = store.list();
-            let _ = fs::remove_file(file);
-        }
+        let file = dir.join("trusted").join("11".repeat(32));
+        assert!(file.exists(), "peers are kept elsewhere");
+        fs::write(&file, data).expect("a file in memory");
+        let _ = store.list();
+        let _ = fs::remove_file(&file);
     });
-}
-
-fn walk(dir: &Path) -> Vec<std::path::PathBuf> {
-    let mut out = Vec::new();
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            out.extend(walk(&path));
-        } else {
-            out.push(path);
-        }
-    }
-    out
 }
 
 fn unpacked(ranges: &[Ranges]) {
@@ -220,29 +201,11 @@ fn shape(data: &[u8]) {
         return;
     };
     let (Some(from), Some(to)) = (&old.tree, &new.tree) else { return };
-    let fits = |t: &Tree, r: &RoundStart| {
-        t.validate().is_ok() && !t.processes.is_empty() && r.names.spaces.len() == t.mms.len() && r.names.objects.len() == t.objects.len()
-    };
+    let fits = |t: &Tree, r: &RoundStart| t.validate().is_ok() && !t.processes.is_empty() && r.names.fit(t);
     if !fits(from, &old) || !fits(to, &new) {
         return;
     }
-    let named = |tree, r: &'_ RoundStart| (tree, r.names.spaces.clone(), r.names.objects.clone());
-    let (a, b) = (named(from, &old), named(to, &new));
-    let view = |n: &'_ (&Tree, Vec<u32>, Vec<u32>)| -> shape::Losses {
-        shape::losses(
-            Named {
-                tree: a.0,
-                spaces: &a.1,
-                objects: &a.2,
-            },
-            Named {
-                tree: n.0,
-                spaces: &n.1,
-                objects: &n.2,
-            },
-        )
-    };
-    let losses = view(&b);
+    let losses = shape::losses(old.names.of(from), new.names.of(to));
     assert!(losses.ranges.iter().all(|r| r.1 <= r.2));
     let empty: &[Vma] = &[];
     for mm in &to.mms {
@@ -288,26 +251,6 @@ fn maps_text(data: &[u8]) {
     if let Ok(list) = maps::parse(data) {
         list.iter().for_each(|m| assert!(m.start < m.end));
     }
-}
-
-fn fdinfo_text(data: &[u8]) {
-    let _ = fdinfo::parse(data);
-}
-
-fn stat_text(data: &[u8]) {
-    let _ = stat::parse(data);
-}
-
-fn status_text(data: &[u8]) {
-    let _ = status::parse(data);
-}
-
-fn timers_text(data: &[u8]) {
-    let _ = timers::parse(data);
-}
-
-fn timens_text(data: &[u8]) {
-    let _ = timens::parse(data);
 }
 
 fn vdso_image(data: &[u8]) {

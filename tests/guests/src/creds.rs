@@ -1,6 +1,6 @@
 //! What a process is and may do.
 
-use crate::kit::{Kit, sys, sys0, zeroed};
+use crate::kit::{Kit, Options, sys, sys0, zeroed};
 use std::{ffi::CString, io, process::ExitCode};
 
 const NOBODY: u32 = 65534;
@@ -96,8 +96,8 @@ fn retitle() -> io::Result<()> {
     Ok(())
 }
 
-/// Becomes nobody with two capabilities, and everything else as unlike the default as it can be.
-pub fn creds(mut kit: Kit) -> io::Result<ExitCode> {
+/// Becomes nobody with two capabilities, and everything else as unlike the default as it can be. `policy`: of sched(7), by its number.
+pub fn creds(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
     std::fs::create_dir_all(kit.dir().join("home"))?;
     let home = CString::new(kit.dir().join("home").to_string_lossy().as_ref())?;
     // As nobody it must still write here.
@@ -114,8 +114,10 @@ pub fn creds(mut kit: Kit) -> io::Result<ExitCode> {
     limit(libc::RLIMIT_SIGPENDING, 111, 222)?;
     limit(libc::RLIMIT_FSIZE, 1 << 30, 1 << 31)?;
     limit(libc::RLIMIT_RTPRIO, 0, 3)?;
-    let parameters: libc::sched_param = zeroed();
-    sys!(sched_setscheduler(0, libc::SCHED_BATCH, &parameters))?;
+    let policy = options.number("policy", libc::SCHED_BATCH as u64) as i32;
+    let mut parameters: libc::sched_param = zeroed();
+    parameters.sched_priority = i32::from(policy == libc::SCHED_RR);
+    sys!(sched_setscheduler(0, policy, &parameters))?;
     sys!(setpriority(libc::PRIO_PROCESS, 0, 7))?;
     sys!(syscall(libc::SYS_ioprio_set, 1, 0, (2 << 13) | 6))?;
     sys!(personality(libc::ADDR_NO_RANDOMIZE as libc::c_ulong))?;

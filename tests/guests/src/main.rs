@@ -78,7 +78,7 @@ fn guest(name: &str, kit: Kit, options: &Options) -> io::Result<ExitCode> {
         "fds" => fds::fds(kit),
         "files" => fds::many(kit, options),
         "sockets" => sockets::sockets(kit),
-        "creds" => creds::creds(kit),
+        "creds" => creds::creds(kit, options),
         "soak" => soak::soak(kit, options),
         "trap" => trap::trap(kit, options),
         "hold" => hold::hold(kit, options),

@@ -1,9 +1,9 @@
 //! Clients that ask a program from the network of its hosts: HTTP, and the protocol of Redis.
 
-use crate::{host::Host, tools::patience};
+use crate::{Hosts, Process, Stdio, host::Host, tools::patience};
 use nix::sched::{CloneFlags, setns};
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     sync::{
@@ -27,16 +27,25 @@ pub struct Answer {
     pub came: Instant,
 }
 
-/// Asks one of two addresses over and over, the one that answered last first, and keeps every answer.
-pub struct HttpClient {
+/// Asks one of two addresses over and over, each time by a new connection, the one that answered last first, and keeps every answer.
+pub struct Client {
     answers: Arc<Mutex<Vec<Answer>>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl HttpClient {
-    /// Starts asking port `port` of A and B from host A's network, every `every`.
-    pub fn start(hosts: &crate::Hosts, port: u16, every: Duration) -> HttpClient {
+impl Client {
+    /// Asks an HTTP server whose pages are numbers: port `port` of A and B from host A's network, every `every`.
+    pub fn http(hosts: &Hosts, port: u16, every: Duration) -> Client {
+        Client::start(hosts, port, every, |address| Ok(number(&get(address)?)))
+    }
+
+    /// Counts a key of a Redis server up, in the same way.
+    pub fn redis(hosts: &Hosts, port: u16, every: Duration) -> Client {
+        Client::start(hosts, port, every, |address| Ok(number(&command(address, &["INCR", "asked"])?)))
+    }
+
+    fn start(hosts: &Hosts, port: u16, every: Duration, ask: fn(SocketAddr) -> io::Result<Option<u64>>) -> Client {
         let addresses = [&hosts.a, &hosts.b].map(|h| SocketAddr::new(h.address().parse().expect("an address"), port));
         let net = File::open(format!("/proc/{}/ns/net", hosts.a.init())).expect("the host's network");
         let answers = Arc::new(Mutex::new(Vec::new()));
@@ -49,7 +58,7 @@ impl HttpClient {
                 let mut failed: Option<Instant> = None;
                 while !stop.load(Ordering::SeqCst) {
                     let asked = failed.unwrap_or_else(Instant::now);
-                    match get(addresses[turn]).ok().and_then(|body| number(&body)) {
+                    match ask(addresses[turn]).ok().flatten() {
                         Some(count) => {
                             failed = None;
                             let answer = Answer {
@@ -70,7 +79,7 @@ impl HttpClient {
                 }
             })
         };
-        HttpClient {
+        Client {
             answers,
             stop,
             thread: Some(thread),
@@ -105,7 +114,7 @@ impl HttpClient {
     }
 }
 
-impl Drop for HttpClient {
+impl Drop for Client {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
         if let Some(thread) = self.thread.take() {
@@ -142,6 +151,20 @@ pub struct Redis<'a> {
 }
 
 impl<'a> Redis<'a> {
+    /// Starts a server that anybody may ask, with these arguments too, and waits until it answers. What it keeps and logs is in a directory of the hosts'.
+    pub fn start(hosts: &Hosts, host: &'a Host, port: u16, more: &[&str]) -> Process<'a> {
+        let dir = hosts.file("redis");
+        fs::create_dir_all(&dir).expect("a directory");
+        let (port_text, dir_text) = (port.to_string(), dir.display().to_string());
+        let mut argv = vec!["redis-server", "--port", &port_text, "--dir", &dir_text, "--appendonly", "no"];
+        argv.extend(["--bind", "0.0.0.0", "--protected-mode", "no", "--enable-debug-command", "yes"]);
+        argv.extend(more);
+        let log = Stdio::File(hosts.file("redis-log"));
+        let server = host.command(argv).stdio(log).cwd(&dir).start();
+        Redis::of(host, port).wait();
+        server
+    }
+
     /// The server on this port of the host.
     pub fn of(host: &'a Host, port: u16) -> Redis<'a> {
         Redis {
@@ -152,34 +175,37 @@ impl<'a> Redis<'a> {
 
     /// One command, and its answer as text.
     pub fn ask(&self, words: &[&str]) -> io::Result<String> {
-        let mut command = format!("*{}\r\n", words.len());
-        for word in words {
-            command.push_str(&format!("${}\r\n{word}\r\n", word.len()));
-        }
         let address = self.address;
-        self.host.inside(move || {
-            let stream = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
-            stream.set_read_timeout(Some(Duration::from_secs(60) * patience()))?;
-            (&stream).write_all(command.as_bytes())?;
-            let mut reader = BufReader::new(&stream);
-            let mut line = String::new();
-            reader.read_line(&mut line)?;
-            let (kind, rest) = line.trim_end().split_at_checked(1).ok_or(io::ErrorKind::UnexpectedEof)?;
-            match kind {
-                "$" => {
-                    let len: usize = rest.parse().map_err(io::Error::other)?;
-                    let mut bytes = vec![0; len];
-                    reader.read_exact(&mut bytes)?;
-                    Ok(String::from_utf8_lossy(&bytes).into_owned())
-                }
-                "-" => Err(io::Error::other(rest.to_string())),
-                _ => Ok(rest.to_string()),
-            }
-        })
+        self.host.inside(move || command(address, words))
     }
 
     /// Waits until it answers.
     pub fn wait(&self) {
         crate::within("answer of redis-server", Duration::from_secs(30), || self.ask(&["PING"]).ok());
+    }
+}
+
+/// One command to a Redis server, and its answer as text.
+fn command(address: SocketAddr, words: &[&str]) -> io::Result<String> {
+    let mut command = format!("*{}\r\n", words.len());
+    for word in words {
+        command.push_str(&format!("${}\r\n{word}\r\n", word.len()));
+    }
+    let stream = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
+    stream.set_read_timeout(Some(Duration::from_secs(60) * patience()))?;
+    (&stream).write_all(command.as_bytes())?;
+    let mut reader = BufReader::new(&stream);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let (kind, rest) = line.trim_end().split_at_checked(1).ok_or(io::ErrorKind::UnexpectedEof)?;
+    match kind {
+        "$" => {
+            let len: usize = rest.parse().map_err(io::Error::other)?;
+            let mut bytes = vec![0; len];
+            reader.read_exact(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        }
+        "-" => Err(io::Error::other(rest.to_string())),
+        _ => Ok(rest.to_string()),
     }
 }

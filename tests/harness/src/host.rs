@@ -219,6 +219,17 @@ impl Host {
         })
     }
 
+    /// The same for a future.
+    pub fn inside_async<T: Send>(&self, act: impl AsyncFnOnce() -> T + Send) -> T {
+        self.inside(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .expect("a runtime");
+            runtime.block_on(act())
+        })
+    }
+
     /// All its processes but the first one.
     pub fn processes(&self) -> Vec<Proc> {
         let net = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
@@ -612,6 +623,12 @@ impl Process<'_> {
     /// Its state, one letter; none when it is gone.
     pub fn state(&self) -> Option<char> {
         self.host.process(self.pid).map(|p| p.state)
+    }
+    /// The most memory that it has had, in MiB.
+    pub fn peak(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.outer())).unwrap_or_default();
+        let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+        line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) >> 10
     }
     /// Its pid outside.
     pub fn outer(&self) -> i32 {

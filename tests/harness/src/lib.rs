@@ -23,7 +23,7 @@ pub mod vm;
 mod wait;
 
 pub use agent::{Moved, Receiver, Run, Tree, mode, without_oracle};
-pub use client::{Answer, HttpClient, Redis};
+pub use client::{Answer, Client, Redis};
 pub use guest::Guest;
 pub use host::{Command, Ended, Host, Proc, Process, Stdio};
 pub use hosts::Hosts;
