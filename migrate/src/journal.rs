@@ -107,9 +107,12 @@ pub fn boot_id() -> String {
         .unwrap_or_default()
 }
 
+/// A file, and the name that it has until it is whole, if it has one.
+type Unfinished = (File, Option<PathBuf>);
+
 /// A file in the directory of `path`, which it is to have when it is whole. It has no name until then, so that an agent that is killed leaves nothing (O_TMPFILE,
 /// open(2)); where the file system has no such files it has another name, and [`Journal::prune`] removes what a killed agent left.
-fn unfinished(path: &Path) -> io::Result<(File, Option<PathBuf>)> {
+fn unfinished(path: &Path) -> io::Result<Unfinished> {
     let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     match writable().custom_flags(libc::O_TMPFILE).open(dir) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => named(path),
@@ -117,7 +120,7 @@ fn unfinished(path: &Path) -> io::Result<(File, Option<PathBuf>)> {
     }
 }
 
-fn named(path: &Path) -> io::Result<(File, Option<PathBuf>)> {
+fn named(path: &Path) -> io::Result<Unfinished> {
     static SERIAL: AtomicU32 = AtomicU32::new(0);
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
     let name = path.with_extension(format!("tmp-{}-{serial}", std::process::id()));
@@ -136,7 +139,7 @@ impl Journal {
         Self::create_in(state_dir, entry, unfinished)
     }
 
-    fn create_in(state_dir: &Path, entry: &Entry, unfinished: fn(&Path) -> io::Result<(File, Option<PathBuf>)>) -> io::Result<Journal> {
+    fn create_in(state_dir: &Path, entry: &Entry, unfinished: fn(&Path) -> io::Result<Unfinished>) -> io::Result<Journal> {
         if !valid_id(&entry.id) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
