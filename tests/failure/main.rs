@@ -6,7 +6,7 @@ mod resources;
 mod silence;
 mod steps;
 
-use migrate_harness::{Guest, Host, Hosts, Stdio, eventually, programs, two_hosts, within};
+use migrate_harness::{Dice, Guest, Host, Hosts, Stdio, eventually, programs, two_hosts, within};
 use nix::sys::signal::Signal;
 use std::{
     fs,
@@ -14,27 +14,6 @@ use std::{
     path::Path,
     time::{Duration, Instant},
 };
-
-/// Random enough, and printed: a failure can be tried again.
-struct Dice(u64);
-
-impl Dice {
-    fn new() -> Dice {
-        let seed = std::env::var("MIGRATE_SEED").ok().and_then(|s| s.parse().ok());
-        let seed = seed.unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().map_or(1, |d| d.as_nanos() as u64) | 1);
-        println!("MIGRATE_SEED={seed}");
-        Dice(seed)
-    }
-    fn draw(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn below(&mut self, limit: Duration) -> Duration {
-        limit.mul_f64((self.draw() >> 11) as f64 / (1_u64 << 53) as f64)
-    }
-}
 
 /// The living copies of a guest: on which host, and with which pid.
 fn copies<'a>(hosts: &'a Hosts, guest: &Guest) -> Vec<(&'a Host, i32)> {

@@ -181,6 +181,8 @@ at_each_step! {
     receiver_killed_at_each_step_of_post_copy: Receiver, POST_COPY, Deed::Signal(Signal::SIGKILL);
     sender_interrupted_at_each_step: Sender, PRE_COPY, Deed::Signal(Signal::SIGINT);
     receiver_told_to_end_at_each_step: Receiver, PRE_COPY, Deed::Signal(Signal::SIGTERM);
+    sender_told_to_end_at_each_step: Sender, POST_COPY, Deed::Signal(Signal::SIGTERM);
+    receiver_interrupted_at_each_step: Receiver, POST_COPY, Deed::Signal(Signal::SIGINT);
     both_agents_killed_at_each_step_of_the_sender: Sender, PRE_COPY, Deed::BothKilled;
     both_agents_killed_at_each_step_of_the_receiver: Receiver, POST_COPY, Deed::BothKilled;
     link_cut_at_each_step_of_the_sender: Sender, PRE_COPY, Deed::LinkCut;

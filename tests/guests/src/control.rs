@@ -8,6 +8,7 @@
 //!          that the guest carried out  56  u64  pid as the guest sees it
 //! 24  u64  number of this request      64  u64  operations, of guests that count them
 //!                                      72  u64  gap after which it was on another host, ns
+//!                                      80  text of the last verdict, of guests without a directory
 //! ```
 
 use std::{
@@ -64,6 +65,9 @@ pub struct Pulse {
     pub gap_at_move_ns: u64,
 }
 
+/// Bytes of a verdict that are kept.
+const VERDICT: usize = 2048;
+
 /// The open control file.
 #[derive(Debug)]
 pub struct Control(File);
@@ -71,11 +75,20 @@ pub struct Control(File);
 impl Control {
     /// Creates or opens it.
     pub fn open(path: &Path) -> io::Result<Control> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        Control::of(OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?)
+    }
+
+    /// An open file becomes one.
+    pub fn of(file: File) -> io::Result<Control> {
         if file.metadata()?.len() < 80 {
             file.set_len(80)?;
         }
         Ok(Control(file))
+    }
+
+    /// The same file once more.
+    pub fn again(&self) -> io::Result<Control> {
+        self.0.try_clone().map(Control)
     }
 
     fn read(&self, at: u64) -> io::Result<u64> {
@@ -146,6 +159,20 @@ impl Control {
     /// Guest side: a request was carried out.
     pub fn done(&self, number: u64) -> io::Result<()> {
         self.write(16, number)
+    }
+
+    /// Guest side: what differs, for whoever has no directory in common with it; of long texts the beginning.
+    pub fn verdict(&self, text: &str) -> io::Result<()> {
+        let text = &text.as_bytes()[..text.len().min(VERDICT)];
+        self.0.write_all_at(text, 80)?;
+        self.0.set_len(80 + text.len() as u64)
+    }
+
+    /// What that said.
+    pub fn said(&self) -> io::Result<String> {
+        let mut text = vec![0; (self.0.metadata()?.len() as usize).saturating_sub(80).min(VERDICT)];
+        self.0.read_exact_at(&mut text, 80)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
     /// Guest side: where it stands.

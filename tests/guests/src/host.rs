@@ -3,7 +3,7 @@
 //! Descriptor 0 is a SOCK_SEQPACKET socket to the harness. When it closes, the first process ends, and the kernel ends the host with it.
 
 use crate::kit::{sys, sys0};
-use migrate_guests::wire::{Said, Spawn};
+use crate::wire::{Said, Spawn};
 use std::{ffi::CString, io, os::fd::RawFd, process::ExitCode};
 
 pub(crate) const CONTROL: RawFd = 0;

@@ -1,7 +1,7 @@
 //! What every guest shares: system calls with checked results, the beat, the record of what differs.
 
+use crate::control::{Control, Request, State};
 use crate::portrait::Portrait;
-use migrate_guests::control::{Control, Request, State};
 use std::{
     fmt::Debug,
     io::{self, Write},
@@ -228,7 +228,7 @@ impl Options {
 
 /// A guest's connection to its test, and its record of what differs.
 pub struct Kit {
-    dir: PathBuf,
+    dir: Option<PathBuf>,
     control: Control,
     problems: Vec<String>,
     beats: u64,
@@ -238,20 +238,29 @@ pub struct Kit {
     failed_before: bool,
     rest: Duration,
     portrait: Option<Portrait>,
+    /// Whether one is taken.
+    portraits: bool,
     moving: Vec<String>,
     /// Name of the host at the last beat.
     host: [libc::c_char; 65],
 }
 
 impl Kit {
-    /// `--dir` names the directory with the control file.
+    /// `--dir` names the directory with the control file. Without one it is a memfd, for a guest that is asked over the network.
     pub fn new(options: &Options) -> io::Result<Kit> {
-        let dir = PathBuf::from(options.text("dir").ok_or_else(|| io::Error::other("--dir is missing"))?);
+        let dir = options.text("dir").map(PathBuf::from);
         // One heap that only grows by brk, so that the list of mappings changes only where a guest means it to.
         sys0!(mallopt(libc::M_MMAP_THRESHOLD, 1 << 30));
         sys0!(mallopt(libc::M_TRIM_THRESHOLD, i32::MAX));
         sys0!(mallopt(libc::M_ARENA_MAX, 1));
-        let control = Control::open(&dir.join("control"))?;
+        let control = match &dir {
+            Some(dir) => Control::open(&dir.join("control"))?,
+            None => {
+                let fd = sys!(memfd_create(c"control".as_ptr(), libc::MFD_CLOEXEC))?;
+                // SAFETY: nobody else has this descriptor.
+                Control::of(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })?
+            }
+        };
         control.state(State::Starting)?;
         Ok(Kit {
             control,
@@ -264,14 +273,20 @@ impl Kit {
             failed_before: false,
             rest: Duration::from_micros(options.number("rest-us", 500)),
             portrait: None,
+            portraits: true,
             moving: Vec::new(),
             host: host_name(),
         })
     }
 
-    /// The test's directory.
+    /// The test's directory; without one, that of the process.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.dir.as_deref().unwrap_or(Path::new("."))
+    }
+
+    /// The control file, for a thread that answers in the kit's name.
+    pub fn control(&self) -> io::Result<Control> {
+        self.control.again()
     }
 
     /// Notes a difference.
@@ -291,6 +306,11 @@ impl Kit {
     /// Lines of the portrait that begin with this change while the guest runs.
     pub fn ignore(&mut self, line: impl Into<String>) {
         self.moving.push(line.into());
+    }
+
+    /// For a guest whose threads open and map things all the time: what /proc says of it is not compared.
+    pub fn without_portrait(&mut self) {
+        self.portraits = false;
     }
 
     /// Notes a difference unless the condition holds.
@@ -321,8 +341,10 @@ impl Kit {
     /// The set-up is done: takes the portrait that [`Kit::run`] compares with and says "ready".
     pub fn ready(&mut self) -> io::Result<()> {
         // The first one makes the heap as large as taking one needs; the second is kept.
-        drop(Portrait::take());
-        self.portrait = Some(Portrait::take());
+        if self.portraits {
+            drop(Portrait::take());
+            self.portrait = Some(Portrait::take());
+        }
         self.last_ns = now_ns();
         self.control.beat(0, self.last_ns, 0, self.pid)?;
         self.control.state(State::Ready)?;
@@ -377,7 +399,7 @@ impl Kit {
                             self.compare_portrait();
                             verify(self);
                             // What verifying changed on purpose is the new "before".
-                            self.portrait = Some(Portrait::take());
+                            self.portrait = self.portraits.then(Portrait::take);
                             self.verdict();
                             self.last_ns = now_ns();
                         }
@@ -424,7 +446,11 @@ impl Kit {
         };
         let state = if self.problems.is_empty() { State::Ok } else { State::Differs };
         self.failed_before |= !self.problems.is_empty();
-        let _ = std::fs::write(self.dir.join("verdict"), &text);
+        if let Some(dir) = &self.dir {
+            let _ = std::fs::write(dir.join("verdict"), &text);
+        } else {
+            let _ = self.control.verdict(&text);
+        }
         let _ = self.control.state(state);
         if self.problems.is_empty() {
             println!("ok");

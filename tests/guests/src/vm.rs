@@ -1,11 +1,11 @@
 //! The first process of a virtual machine: what [`crate::host`] is to a host of namespaces, with lines over a virtio port instead of
 //! messages over a socket, and files instead of descriptors that come along.
 
+use crate::wire::{Said, Spawn};
 use crate::{
     host::{CONTROL, child_signals, reap, say, start, wait},
     kit::{sys, sys0},
 };
-use migrate_guests::wire::{Said, Spawn};
 use std::{
     ffi::CString,
     fs::OpenOptions,

@@ -37,7 +37,17 @@ pub struct Client {
 impl Client {
     /// Asks an HTTP server whose pages are numbers: port `port` of A and B from host A's network, every `every`.
     pub fn http(hosts: &Hosts, port: u16, every: Duration) -> Client {
-        Client::start(hosts, port, every, |address| Ok(number(&get(address)?)))
+        Client::start(hosts, port, every, |address| Ok(number(&get(address, "/")?)))
+    }
+
+    /// The same at any two addresses, from this network.
+    pub fn between(addresses: [SocketAddr; 2], every: Duration) -> Client {
+        Client::ask(addresses, None, every, |address| Ok(number(&get(address, "/")?)))
+    }
+
+    /// One page.
+    pub fn get(address: SocketAddr, path: &str) -> io::Result<String> {
+        get(address, path)
     }
 
     /// Counts a key of a Redis server up, in the same way.
@@ -48,12 +58,18 @@ impl Client {
     fn start(hosts: &Hosts, port: u16, every: Duration, ask: fn(SocketAddr) -> io::Result<Option<u64>>) -> Client {
         let addresses = [&hosts.a, &hosts.b].map(|h| SocketAddr::new(h.address().parse().expect("an address"), port));
         let net = File::open(format!("/proc/{}/ns/net", hosts.a.init())).expect("the host's network");
+        Client::ask(addresses, Some(net), every, ask)
+    }
+
+    fn ask(addresses: [SocketAddr; 2], net: Option<File>, every: Duration, ask: fn(SocketAddr) -> io::Result<Option<u64>>) -> Client {
         let answers = Arc::new(Mutex::new(Vec::new()));
         let stop = Arc::new(AtomicBool::new(false));
         let thread = {
             let (answers, stop) = (Arc::clone(&answers), Arc::clone(&stop));
             thread::spawn(move || {
-                setns(net, CloneFlags::CLONE_NEWNET).expect("setns");
+                if let Some(net) = net {
+                    setns(net, CloneFlags::CLONE_NEWNET).expect("setns");
+                }
                 let mut turn = 0;
                 let mut failed: Option<Instant> = None;
                 while !stop.load(Ordering::SeqCst) {
@@ -123,11 +139,11 @@ impl Drop for Client {
     }
 }
 
-fn get(address: SocketAddr) -> io::Result<String> {
+fn get(address: SocketAddr, path: &str) -> io::Result<String> {
     let limit = Duration::from_secs(5) * patience();
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_millis(500))?;
     stream.set_read_timeout(Some(limit))?;
-    stream.write_all(b"GET / HTTP/1.1\r\nHost: counter\r\nConnection: close\r\n\r\n")?;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: counter\r\nConnection: close\r\n\r\n").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (_, body) = answer.split_once("\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;

@@ -2,7 +2,7 @@
 
 use crate::{
     host::{Ended, Host, Stdio},
-    tools::guest_binary,
+    tools::guest_command,
     wait::{eventually, within},
 };
 use migrate_guests::control::{Control, Pulse, Request, State};
@@ -37,7 +37,7 @@ impl Guest {
     ) -> Guest {
         let shared = host.dir().parent().expect("the test's directory");
         Guest::start_by(shared, name, Duration::from_secs(60), |dir, out| {
-            let argv = Guest::argv(&guest_binary().display().to_string(), name, dir, options);
+            let argv = Guest::argv(&guest_command(), name, dir, options);
             // The terminal and the pipe are tried with real programs; a guest's own words go to a file.
             let process = more(host.command(argv).stdio(Stdio::File(out.into())).label(&format!("guest {name}"))).start();
             (process.pid, Box::new(move || process.ended()))
@@ -45,8 +45,9 @@ impl Guest {
     }
 
     /// What to type to start one.
-    pub(crate) fn argv(binary: &str, name: &str, dir: &Path, options: &[(&str, &str)]) -> Vec<String> {
-        let mut argv = vec![binary.to_string(), name.to_string(), "--dir".into(), dir.display().to_string()];
+    pub(crate) fn argv(program: &[String], name: &str, dir: &Path, options: &[(&str, &str)]) -> Vec<String> {
+        let mut argv = program.to_vec();
+        argv.extend([name.to_string(), "--dir".into(), dir.display().to_string()]);
         for (key, value) in options {
             argv.push(format!("--{key}"));
             argv.push((*value).to_string());

@@ -1,7 +1,7 @@
 //! One host: its first process, the commands in it, and a view of its processes from outside.
 
 use crate::{
-    tools::{guest_binary, tool},
+    tools::{guest_command, tool},
     wait::within,
 };
 use migrate_guests::wire::{Said, Spawn};
@@ -120,7 +120,9 @@ impl Host {
     /// Starts one; `dir` is the test's directory.
     pub(crate) fn start(name: &'static str, address: &'static str, dir: &Path) -> Host {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("a socket pair");
-        let child = std::process::Command::new(guest_binary())
+        let guest = guest_command();
+        let child = std::process::Command::new(&guest[0])
+            .args(&guest[1..])
             .args(["host", &format!("migrate-{name}")])
             .stdin(ChildStdio::from(theirs))
             .stdout(ChildStdio::null())

@@ -7,16 +7,20 @@
 //!
 //! [`vm`] has hosts with kernels of their own: two virtual machines.
 //!
+//! `migrate bench` measures in the same hosts and with the same guests, all of them [`carried_by`] the one program.
+//!
 //! The agents are the real binary: `MIGRATE_BIN`, or the one that cargo built beside the tests. What a missing tool or missing
 //! rights make impossible is a named skip ([`skip`]), never a silent pass.
 
 mod agent;
 mod client;
+mod dice;
 mod guest;
 mod host;
 mod hosts;
 mod initramfs;
 pub mod programs;
+mod relay;
 mod soak;
 mod tools;
 pub mod vm;
@@ -24,11 +28,13 @@ mod wait;
 
 pub use agent::{Moved, Receiver, Run, Tree, mode, without_oracle};
 pub use client::{Answer, Client, Redis};
+pub use dice::Dice;
 pub use guest::Guest;
 pub use host::{Command, Ended, Host, Proc, Process, Stdio};
 pub use hosts::Hosts;
+pub use relay::{Relay, Weather};
 pub use soak::soak;
-pub use tools::{guest_binary, migrate_binary, patience, python, skip, tool};
+pub use tools::{carried_by, guest_binary, guest_command, migrate_binary, patience, python, skip, tool};
 pub use wait::{Standstill, eventually, within};
 
 /// Two hosts, or the end of the test with a named skip.

@@ -72,8 +72,31 @@ pub(crate) fn built() -> PathBuf {
     }
 }
 
+static CARRIED_BY: OnceLock<PathBuf> = OnceLock::new();
+
+/// From now on this program is the one that is looked at, and its hidden command `guest` runs the guests: `migrate bench` has nothing else.
+pub fn carried_by(program: PathBuf) {
+    let _ = CARRIED_BY.set(program);
+}
+
+/// Whether that was said: then nobody reads the reports of a failed test.
+pub(crate) fn is_carried() -> bool {
+    CARRIED_BY.get().is_some()
+}
+
+/// What to type before a guest's name.
+pub fn guest_command() -> Vec<String> {
+    match CARRIED_BY.get() {
+        Some(program) => vec![program.display().to_string(), "guest".into()],
+        None => vec![guest_binary().display().to_string()],
+    }
+}
+
 /// The program under test.
 pub fn migrate_binary() -> PathBuf {
+    if let Some(program) = CARRIED_BY.get() {
+        return program.clone();
+    }
     let path = std::env::var_os("MIGRATE_BIN").map_or_else(|| built().join("migrate"), PathBuf::from);
     assert!(
         path.exists(),

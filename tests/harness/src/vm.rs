@@ -413,7 +413,7 @@ impl Vm {
     #[track_caller]
     pub fn guest(&self, name: &str, options: &[(&str, &str)]) -> Guest {
         let id = self.next.fetch_add(1, Ordering::SeqCst);
-        let argv_of = |dir: &Path| Guest::argv("/usr/bin/migrate-guest", name, dir, options);
+        let argv_of = |dir: &Path| Guest::argv(&["/usr/bin/migrate-guest".to_string()], name, dir, options);
         Guest::start_by(self.shared_dir(), name, SLOW, |dir, out| {
             let process = self.spawn_with(argv_of(dir), id, [out.to_path_buf(), out.to_path_buf()]);
             (process.pid, Box::new(move || process.ended()))
