@@ -59,9 +59,12 @@ pub enum Command {
         #[command(subcommand)]
         command: Trust,
     },
-    /// Measure
+    /// Measure the freeze, as programs and their clients see it
+    #[command(long_about = help::BENCH)]
+    Bench(Bench),
+    /// A program to be measured or tested with
     #[command(hide = true)]
-    Bench(Rest),
+    Guest(Rest),
     /// Move a small program between two network namespaces of this host
     #[command(hide = true)]
     Demo(Rest),
@@ -159,8 +162,95 @@ pub struct Send {
     /// Preflight and predicted downtime; nothing is moved
     #[arg(long, conflicts_with = "leave_running")]
     pub dry_run: bool,
+    /// Write a page with charts of this migration to a file, for a browser
+    #[arg(long, value_name = "FILE.html", conflicts_with = "dry_run")]
+    pub report: Option<PathBuf>,
     #[command(flatten)]
     pub json: Json,
+}
+
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// Between this machine and the one where `migrate receive` waits; without it, between two hosts made on this machine
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse::peer)]
+    pub to: Option<String>,
+    /// First contact: the one-time ticket of `migrate receive`
+    #[arg(long, env = "MIGRATE_TICKET", hide_env_values = true, value_parser = parse::ticket, requires = "to")]
+    pub ticket: Option<String>,
+    /// memory, shell, http, redis, or a command of your own; several: again
+    #[arg(long, value_name = "NAME|COMMAND")]
+    pub workload: Vec<String>,
+    /// Everything: sizes to 8 GiB, all rates, modes, counts and links; hours
+    #[arg(long, conflicts_with_all = ["workload", "to"])]
+    pub full: bool,
+    #[command(flatten)]
+    pub memory: BenchMemory,
+    /// How memory is moved [default: hybrid, and each once in the short matrix]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub mode: Vec<ModeArg>,
+    /// How memory that was written between rounds is found
+    #[arg(long, value_enum, default_value = "auto")]
+    pub tracker: TrackerArg,
+    /// Migrations of each
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub repeat: u32,
+    /// A link that delays: the round trip takes this much longer
+    #[arg(long, value_name = "TIME", value_parser = parse::duration, conflicts_with = "to")]
+    pub round_trip: Option<Duration>,
+    /// A link that carries no more than this, as in 100Mbit/s
+    #[arg(long, value_name = "LIMIT", value_parser = parse::rate, conflicts_with = "to")]
+    pub link: Option<u64>,
+    /// TCP port that the measured program listens on
+    #[arg(long, value_name = "PORT", default_value_t = 7979, value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: u16,
+    /// Write a page with charts to a file, for a browser
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// The built-in workload. Each list is combined with every other.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "The workload `memory`")]
+pub struct BenchMemory {
+    /// Memory, as in 16MiB,1GiB
+    #[arg(long, value_name = "SIZE", value_delimiter = ',', value_parser = parse::size)]
+    pub size: Vec<u64>,
+    /// Written a second, as in 0,50MB/s,max (as fast as a core can)
+    #[arg(long, value_name = "RATE", value_delimiter = ',', value_parser = parse::dirty_rate)]
+    pub rate: Vec<parse::DirtyRate>,
+    /// Which pages are written
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "uniform")]
+    pub pattern: Vec<PatternArg>,
+    /// The memory is shared memory
+    #[arg(long)]
+    pub shared: bool,
+    /// Children that write copies of their own at the same rate each, or with --shared their part of it
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1000))]
+    pub forked: u32,
+    /// More threads
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(..=20_000))]
+    pub threads: Vec<u32>,
+    /// More processes
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(..=10_000))]
+    pub processes: Vec<u32>,
+    /// More mappings
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(..=60_000))]
+    pub vmas: Vec<u32>,
+    /// More open files
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(..=500_000))]
+    pub fds: Vec<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PatternArg {
+    /// Each as likely as any other
+    Uniform,
+    /// Few of them often, most seldom
+    Zipf,
+    /// One after the other
+    Sequential,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -357,6 +447,11 @@ pub struct Man {
 }
 
 impl Command {
+    /// Whether a page with the events is written in the end.
+    pub fn draws(&self) -> bool {
+        matches!(self, Command::Send(a) if a.report.is_some())
+    }
+
     /// Whether the caller is a program.
     pub fn json(&self) -> bool {
         match self {
@@ -372,7 +467,8 @@ impl Command {
             Command::Trust {
                 command: Trust::List { json } | Trust::Add { json, .. } | Trust::Remove { json, .. },
             } => json.json,
-            Command::Bench(_)
+            Command::Bench(a) => a.json.json,
+            Command::Guest(_)
             | Command::Demo(_)
             | Command::Ceiling { .. }
             | Command::Keeper

@@ -1,6 +1,6 @@
 //! What every command is given.
 
-use crate::progress::Progress;
+use crate::progress::{Kept, Progress};
 use std::path::PathBuf;
 use tokio_util::sync::CancellationToken;
 
@@ -14,6 +14,8 @@ pub struct Context {
     pub cancel: CancellationToken,
     /// Where events go.
     pub progress: Progress,
+    /// The events of a command that draws them.
+    pub kept: Option<Kept>,
 }
 
 /// Runs a blocking part of the engine beside the runtime. A panic in it goes on here.

@@ -49,6 +49,24 @@ Into a directory instead of to a host:
 Until the destination has taken over, any failure leaves the program running where it was. Files are not copied: they \
 must exist on the destination and be the same, which is checked before anything is touched.";
 
+pub const BENCH: &str = "\
+Measures how long programs stand still when they are moved: as the program itself sees it, as a client sees it that \
+asks it all the time, and as the agents say, beside what all three see without a migration. With no option it makes two hosts \
+on this machine (network, mount and pid namespaces, gone afterwards; root, iproute2), moves a built-in program of several sizes and \
+modes and prints a table in about a minute. What plain QUIC, TCP and memory copying carry is measured in the same run.
+
+Examples:
+  About a minute on this machine, with charts:
+    # migrate bench --report bench.html
+  A workload that is like yours:
+    # migrate bench --size 4GiB --rate 50MB/s,200MB/s --pattern zipf --threads 64 --mode hybrid,post-copy --repeat 10
+  A command of your own, by the pauses in its output:
+    # migrate bench --workload 'ping 127.0.0.1 -i 0.01'
+  A slow link:
+    # migrate bench --round-trip 80ms --link 100Mbit/s
+  Two real machines: `migrate receive` on the other one, with the same program at the same path there, and here
+    # migrate bench --to 10.0.0.2:7878 --ticket ...";
+
 pub const RECEIVE: &str = "\
 Waits for process trees from other hosts and runs them here. Prints the command to type on the other host, with a \
 ticket that is good once, for ten minutes; afterwards the two hosts know each other and need no ticket.

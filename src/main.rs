@@ -21,6 +21,8 @@ mod list;
 mod log;
 mod man;
 mod out;
+
+mod page;
 mod parse;
 mod pid;
 mod progress;

@@ -62,6 +62,27 @@ pub fn rate(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// How fast a program writes its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DirtyRate {
+    /// MB a second; 0: not at all.
+    Megabytes(u64),
+    /// As fast as a core can.
+    Max,
+}
+
+/// "0", "50MB/s", "max".
+pub fn dirty_rate(text: &str) -> Result<DirtyRate, String> {
+    match text {
+        "0" => Ok(DirtyRate::Megabytes(0)),
+        "max" => Ok(DirtyRate::Max),
+        _ => match rate(text).map_err(|e| format!("{e}; or 0, or max"))? / 1_000_000 {
+            0 => Err("less than 1 MB/s: write 0 for a program that writes nothing".into()),
+            megabytes => Ok(DirtyRate::Megabytes(megabytes)),
+        },
+    }
+}
+
 /// "20ms", "1.5s", "5m" to a duration, never zero, at most 30 days.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let (number, unit) = split(text)?;
@@ -260,6 +281,16 @@ mod tests {
             assert!(rate(bad).is_err(), "{bad}");
         }
         assert!(rate("100Mb/s").unwrap_err().contains("Mbit/s"));
+    }
+
+    #[test]
+    fn dirty_rates() {
+        assert_eq!(dirty_rate("0"), Ok(DirtyRate::Megabytes(0)));
+        assert_eq!(dirty_rate("50MB/s"), Ok(DirtyRate::Megabytes(50)));
+        assert_eq!(dirty_rate("max"), Ok(DirtyRate::Max));
+        for bad in ["", "50", "-1", "1kB/s", "Max", "0MB/s"] {
+            assert!(dirty_rate(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use crate::{human, out};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use migrate_engine::report::{Event, Events};
+use serde::Serialize;
 use std::{
     io::IsTerminal,
     sync::{
@@ -14,6 +15,7 @@ use std::{
         mpsc::{Receiver, Sender, channel},
     },
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 /// Progress waiting to be printed beyond which more is dropped.
@@ -47,7 +49,8 @@ impl Style {
 }
 
 enum Message {
-    Event(Event),
+    /// With the time since the start.
+    Event(Event, Duration),
     /// A line of text as it is.
     Line(String),
     /// Answer when everything before has been printed and the progress line is gone.
@@ -59,6 +62,21 @@ pub struct Progress {
     sender: Sender<Message>,
     waiting: Arc<AtomicUsize>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    began: Instant,
+    /// Everything but progress, for a report that draws it.
+    kept: Option<Kept>,
+}
+
+/// What happened, and when: since the start.
+pub type Kept = Arc<Mutex<Vec<(Duration, Event)>>>;
+
+/// An event as `--json` prints it.
+#[derive(Serialize)]
+struct Line<'a> {
+    #[serde(flatten)]
+    event: &'a Event,
+    /// Milliseconds since the start of the command.
+    at_ms: f64,
 }
 
 impl Progress {
@@ -74,19 +92,31 @@ impl Progress {
             sender,
             waiting,
             thread: Mutex::new(Some(thread)),
+            began: Instant::now(),
+            kept: None,
         })
+    }
+
+    /// Keeps what happens from now on.
+    pub fn keep(&mut self) -> Kept {
+        self.kept.insert(Kept::default()).clone()
     }
 
     /// For the engine.
     pub fn events(&self) -> Events {
         let (sender, waiting) = (self.sender.clone(), self.waiting.clone());
+        let (began, kept) = (self.began, self.kept.clone());
         Arc::new(move |event| {
+            let at = began.elapsed();
             let droppable = matches!(event, Event::Progress { .. });
+            if let Some(kept) = kept.as_ref().filter(|_| !droppable) {
+                kept.lock().unwrap_or_else(PoisonError::into_inner).push((at, event.clone()));
+            }
             if droppable && waiting.load(Ordering::Relaxed) >= BACKLOG {
                 return;
             }
             waiting.fetch_add(1, Ordering::Relaxed);
-            let _ = sender.send(Message::Event(event));
+            let _ = sender.send(Message::Event(event, at));
         })
     }
 
@@ -135,9 +165,9 @@ impl Printer {
     fn run(mut self, messages: &Receiver<Message>) {
         while let Ok(message) = messages.recv() {
             match message {
-                Message::Event(event) => {
+                Message::Event(event, at) => {
                     self.waiting.fetch_sub(1, Ordering::Relaxed);
-                    self.event(&event);
+                    self.event(&event, at);
                 }
                 Message::Line(line) => self.line(&line),
                 Message::Flush(done) => {
@@ -148,9 +178,10 @@ impl Printer {
         }
     }
 
-    fn event(&mut self, event: &Event) {
+    fn event(&mut self, event: &Event, at: Duration) {
+        let at_ms = (at.as_secs_f64() * 1e6).round() / 1e3;
         match (self.style, event) {
-            (Style::Json, event) => match serde_json::to_string(event) {
+            (Style::Json, event) => match serde_json::to_string(&Line { event, at_ms }) {
                 Ok(json) => self.line(&json),
                 Err(error) => tracing::warn!(%error, "an event was not printed"),
             },
@@ -279,6 +310,8 @@ mod tests {
             sender,
             waiting: Arc::default(),
             thread: Mutex::new(None),
+            began: Instant::now(),
+            kept: None,
         };
         let events = progress.events();
         for bytes in 0..1000 {

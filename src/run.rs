@@ -34,19 +34,24 @@ pub fn run(cli: Cli) -> ExitCode {
         // No runtime, no other thread, nothing on a terminal.
         return ExitCode::from(if engine::keeper().is_ok() { report::DONE } else { report::FAILED });
     }
+    if let Command::Guest(guest) = &cli.command {
+        return migrate_guests::main(&guest.arguments);
+    }
     let json = cli.command.json();
     log::start(cli.verbose, json);
     let progress = Progress::start(Style::choose(json, cli.verbose), shares_terminal(&cli.command));
     let runtime = runtime();
-    let (progress, runtime) = match (progress, runtime) {
+    let (mut progress, runtime) = match (progress, runtime) {
         (Ok(progress), Ok(runtime)) => (progress, runtime),
         (Err(error), _) | (_, Err(error)) => {
             out::stderr(&format!("migrate: no thread could be started: {error}\n"));
             return ExitCode::from(report::FAILED);
         }
     };
+    let kept = cli.command.draws().then(|| progress.keep());
     let context = Context {
         json,
+        kept,
         state_dir: cli.state_dir,
         cancel: CancellationToken::new(),
         progress,
@@ -79,10 +84,10 @@ async fn dispatch(command: Command, context: &Context) -> anyhow::Result<u8> {
             Trust::Add { fingerprint, name, .. } => trust::add(&fingerprint, name.as_deref(), context),
             Trust::Remove { peer, .. } => trust::remove(&peer, context),
         },
-        Command::Bench(arguments) => bench::run(&arguments),
+        Command::Bench(arguments) => bench::run(arguments, context).await,
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Ceiling { command } => ceiling::run(command).await,
-        Command::Keeper => Ok(report::FAILED),
+        Command::Keeper | Command::Guest(_) => Ok(report::FAILED),
         Command::Completions(arguments) => completions::run(&arguments),
         Command::Man(arguments) => man::run(&arguments),
     }

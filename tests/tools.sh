@@ -13,6 +13,7 @@ wanted=(
   ip:iproute2
   make:make
   cc:gcc
+  chromium:chromium
 )
 missing=()
 PATH=$PATH:/usr/sbin:/sbin
