@@ -14,6 +14,7 @@ wanted=(
   make:make
   cc:gcc
   chromium:chromium
+  criu:criu
 )
 missing=()
 PATH=$PATH:/usr/sbin:/sbin
@@ -37,4 +38,7 @@ if [ ! -e "$policy" ]; then
   trap 'rm -f "$policy"' EXIT
 fi
 apt-get update -qq
-apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null
+# Not every release has all of them, CRIU for one.
+for package in "${missing[@]}"; do
+  apt-get install -qq -y --no-install-recommends "$package" >/dev/null || echo "$package could not be installed" >&2
+done

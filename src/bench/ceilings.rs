@@ -10,7 +10,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-const BYTES: u64 = 512 << 20;
+/// What is carried to know how much takes about a second, and the most.
+const PROBE: u64 = 8 << 20;
+const MOST: u64 = 512 << 20;
 /// Ports that only these hosts have.
 const QUIC: u16 = 7900;
 const TCP: u16 = 7901;
@@ -55,9 +57,13 @@ fn quic(hosts: &Hosts) -> Option<f64> {
     let address = format!("{}:{QUIC}", hosts.b.address());
     let server: Process<'_> = hosts.b.migrate(&["ceiling", "serve", &address]).start();
     std::thread::sleep(Duration::from_millis(300));
-    let run = hosts.a.run(&["ceiling", "measure", &address, &BYTES.to_string()]);
+    let measure = |bytes: u64| {
+        let run = hosts.a.run(&["ceiling", "measure", &address, &bytes.to_string()]);
+        run.json()["bytes_per_second"].as_f64()
+    };
+    let rate = measure(PROBE).and_then(|rate| measure((rate as u64).clamp(PROBE, MOST)));
     server.signal(Signal::SIGKILL);
-    run.json()["bytes_per_second"].as_f64()
+    rate
 }
 
 fn tcp(hosts: &Hosts) -> Option<f64> {
@@ -78,8 +84,10 @@ fn tcp(hosts: &Hosts) -> Option<f64> {
     let sent = hosts.a.inside(|| -> std::io::Result<()> {
         let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
         let bytes = vec![7; 256 << 10];
-        for _ in 0..BYTES / bytes.len() as u64 {
+        let mut sent = 0;
+        while sent < PROBE || (sent < MOST && began.elapsed() < Duration::from_secs(1)) {
             stream.write_all(&bytes)?;
+            sent += bytes.len() as u64;
         }
         Ok(())
     });

@@ -1,4 +1,4 @@
-//! The same workload through CRIU, where it is installed: `criu dump` on one host, `criu restore` on the other, the images in memory that both see. Nothing crosses a
+//! The same workload through CRIU, where it is installed: `criu dump` on one host, `criu restore` on the other, the images in a directory that both see. Nothing crosses a
 //! network: what is measured is less than what a user of it would have to wait for.
 
 use super::bed::Bed;
@@ -41,11 +41,9 @@ impl Criu {
 
     /// Moves a tree from A to B. The report has what its user would count: from the start of the dump to the end of the restore.
     pub fn moved(&self, hosts: &Hosts, pid: i32) -> Result<(Value, Vec<(f64, Value)>), String> {
-        let images = tempfile::Builder::new()
-            .prefix("migrate-bench-criu-")
-            .tempdir_in("/dev/shm")
-            .map_err(|e| format!("a directory for CRIU's images: {e}"))?;
-        let dir = images.path().display().to_string();
+        let images = hosts.file("criu");
+        std::fs::create_dir_all(&images).map_err(|e| format!("{}: {e}", images.display()))?;
+        let dir = images.display().to_string();
         let program = self.0.display().to_string();
         let run = |host: &migrate_harness::Host, args: &[&str]| {
             let argv: Vec<String> = [program.as_str(), args[0], "--images-dir", &dir, "--tcp-close"]
@@ -60,7 +58,7 @@ impl Criu {
             }
         };
         let began = Instant::now();
-        run(&hosts.a, &["dump", "--tree", &pid.to_string()])?;
+        run(&hosts.a, &["dump", "--skip-in-flight", "--tree", &pid.to_string()])?;
         let dumped = began.elapsed();
         run(&hosts.b, &["restore", "--restore-detached"])?;
         let total = began.elapsed();

@@ -35,6 +35,11 @@ pub async fn run(arguments: Bench, context: &Context) -> anyhow::Result<u8> {
     let _interrupts = interrupt::watch(context, "interrupted: ends what it has started; what was measured is shown")?;
     let (events, cancel) = (context.progress.events(), context.cancel.clone());
     let (state_dir, file) = (context.state_dir.clone(), arguments.report.clone());
+    let waiting = cancel.clone();
+    tokio::spawn(async move {
+        waiting.cancelled().await;
+        migrate_harness::abandon();
+    });
     let results = context::blocking(move || measure(&arguments, &state_dir, &events, &cancel)).await??;
     context.progress.flush();
     if let Some(file) = &file {
@@ -55,12 +60,13 @@ fn measure(arguments: &Bench, state_dir: &Path, events: &Events, cancel: &Cancel
     let program = std::env::current_exe().map_err(|e| Failure::failed("bench", 0, e))?;
     migrate_harness::carried_by(program);
     migrate_harness::without_oracle();
-    let plan = plan::plan(arguments)?;
+    let mut plan = plan::plan(arguments)?;
     let bed = bed::Bed::new(arguments, state_dir)?;
     let mut machine = machine(arguments.tracker, &bed.link());
     machine.load = machine::load();
     let ceilings = ceilings::measure(&bed, &note);
     let criu = criu::Criu::find(&bed);
+    plan.retain(|item| item.how != plan::How::Criu || criu.is_ok());
     let mut cases: Vec<Case> = Vec::new();
     let count = plan.len();
     for (number, item) in plan.into_iter().enumerate() {
@@ -69,9 +75,6 @@ fn measure(arguments: &Bench, state_dir: &Path, events: &Events, cancel: &Cancel
         }
         note(format!("{} of {count}: {}, {}", number + 1, item.workload.name(), item.how));
         let mut case = item.case();
-        if item.how == plan::How::Criu && criu.is_err() {
-            continue;
-        }
         for _ in 0..item.repeat {
             if cancel.is_cancelled() {
                 break;

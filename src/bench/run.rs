@@ -88,7 +88,7 @@ pub fn once(bed: &Bed, item: &Item, criu: Option<&Criu>, cancel: &CancellationTo
                     while !over.load(Ordering::Relaxed) {
                         thread::sleep(Duration::from_millis(50));
                         if cancel.is_cancelled() {
-                            // Whatever is waited for ends with its host.
+                            // What is not waited for any more ends with its host.
                             for host in [&hosts.a, &hosts.b] {
                                 let _ = kill(Pid::from_raw(host.init()), Signal::SIGKILL);
                             }
@@ -221,7 +221,9 @@ fn start(hosts: &Hosts, item: &Item) -> Result<Program, String> {
         Workload::Memory(memory) => {
             let options = memory.options(item.port);
             let options: Vec<(&str, &str)> = options.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-            let guest = Guest::start(&hosts.a, "load", &options);
+            // Its streams are opened within the host: CRIU dumps none of another mount namespace.
+            let within = ["sh", "-c", "exec \"$@\" </dev/null >/dev/null 2>&1", "sh"];
+            let guest = Guest::start_with(&hosts.a, "load", &options, |c| c.under(within));
             Program {
                 pid: guest.pid,
                 eyes: Eyes::Guest(guest),

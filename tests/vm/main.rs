@@ -1,7 +1,7 @@
 //! Between two virtual machines with kernels of Debian's: clocks that differ, soft-dirty, another kernel's vdso.
 
 use migrate_harness::{
-    Guest, programs, two_machines,
+    Guest, need, programs, two_machines,
     vm::{NEW, OLD, Vm, Vms},
 };
 use std::{fs, time::Duration};
@@ -249,4 +249,31 @@ fn a_random_workload_with_soft_dirty() {
         on = Some((vms.other(vm), moved.pid));
         moved
     });
+}
+
+/// CRIU does not work with every kernel; it does with its own release's. Both move the same program, and the bench says what each took.
+#[test]
+fn criu_beside_migrate_in_one_bench() {
+    need!("criu");
+    let vms = two_machines!(OLD, NEW);
+    let bench = "migrate bench --size 2MiB --rate 1MB/s --mode stop --repeat 1 --json";
+    // Busybox has an ip as well, which knows no network namespaces.
+    let said = vms.a.run(&format!(
+        "PATH=/usr/sbin:$PATH; {bench} 2>/root/err; code=$?; cat /root/err >&2; exit $code"
+    ));
+    said.expect_code(0);
+    let results = said.json();
+    assert_eq!(results["without_criu"], serde_json::Value::Null, "{results}");
+    let cases = results["cases"].as_array().unwrap();
+    let modes: Vec<_> = cases.iter().map(|c| c["mode"].as_str().unwrap()).collect();
+    assert_eq!(modes, ["stop", "criu"]);
+    for case in cases {
+        let run = &case["runs"][0];
+        let (gap, client) = (run["program_ms"].as_f64().unwrap(), run["client_ms"].as_f64().unwrap());
+        println!(
+            "{}: program {gap:.1} ms, client {client:.1} ms, {} ms in all",
+            case["mode"], run["report"]["total_ms"]
+        );
+        assert!(gap > 1.0 && client > 1.0, "{case}");
+    }
 }

@@ -10,7 +10,9 @@ PATH=$PATH:/usr/sbin:/sbin
 
 # In the order they are loaded; what a kernel has built in is no file there.
 modules=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci failover net_failover virtio_net virtio_console fuse virtiofs
-  unix_diag inet_diag tcp_diag udp_diag)
+  unix_diag inet_diag tcp_diag udp_diag
+  # Hosts within a machine, and CRIU.
+  af_packet_diag netlink_diag veth crc32c_generic libcrc32c nfnetlink nf_tables)
 kernels=(6.1 6.12)
 
 complete() { # kernel

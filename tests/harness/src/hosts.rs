@@ -34,14 +34,19 @@ impl Hosts {
             let out = Command::new(&ip).args(args.split_whitespace()).output().expect("ip runs");
             assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
         };
+        // Names that this machine has none of: kernels before 6.2 make the pair here first, beside an eth0 of its own.
+        let end = |host: &Host| format!("migrate-{}", host.init());
         run(&format!(
-            "link add eth0 netns {} type veth peer name eth0 netns {}",
+            "link add {} netns {} type veth peer name {} netns {}",
+            end(&a),
             a.init(),
+            end(&b),
             b.init()
         ));
         for host in [&a, &b] {
             let set = [
                 "link set lo up".to_string(),
+                format!("link set {} name eth0", end(host)),
                 format!("addr add {}/24 dev eth0", host.address()),
                 "link set eth0 up".to_string(),
             ];

@@ -35,7 +35,7 @@ pub use hosts::Hosts;
 pub use relay::{Relay, Weather};
 pub use soak::soak;
 pub use tools::{carried_by, guest_binary, guest_command, migrate_binary, patience, python, skip, tool};
-pub use wait::{Standstill, eventually, within};
+pub use wait::{Standstill, abandon, eventually, within};
 
 /// Two hosts, or the end of the test with a named skip.
 #[macro_export]

@@ -106,6 +106,12 @@ impl Parts {
         ] {
             archive.program(at, &from).expect("a program for the virtual machines");
         }
+        // For hosts within a machine, and to compare with; who needs them says so.
+        for (at, name) in [("/usr/sbin/ip", "ip"), ("/usr/sbin/criu", "criu")] {
+            if let Some(from) = tool(name) {
+                archive.program(at, &from).expect("a program for the virtual machines");
+            }
+        }
         archive
     }
 

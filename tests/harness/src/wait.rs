@@ -15,6 +15,13 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// As much as one attempt and the pause after it count for at most. Longer ones are this machine standing still, with all that is waited for.
 const COUNTS: Duration = Duration::from_millis(250);
 
+static ABANDONED: AtomicBool = AtomicBool::new(false);
+
+/// From now on nothing is waited for: this process is about to end.
+pub fn abandon() {
+    ABANDONED.store(true, Ordering::SeqCst);
+}
+
 /// Tries until it gives a value; panics with the name when it does not in time.
 pub fn within<T>(what: &str, limit: Duration, attempt: impl FnMut() -> Option<T>) -> T {
     tried(limit, attempt).unwrap_or_else(|limit| panic!("{what}: not within {limit:?}"))
@@ -28,7 +35,7 @@ pub fn eventually(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
 fn tried<T>(limit: Duration, mut attempt: impl FnMut() -> Option<T>) -> Result<T, Duration> {
     let limit = limit * patience();
     let mut waited = Duration::ZERO;
-    while waited < limit {
+    while waited < limit && !ABANDONED.load(Ordering::SeqCst) {
         let since = Instant::now();
         if let Some(value) = attempt() {
             return Ok(value);
