@@ -4,7 +4,7 @@
 //! own death (ptrace lets go, the injected stub returns by itself). After it only the destination's answer counts; without one the tree
 //! stays stopped by SIGSTOP and the journal says so.
 
-mod attach;
+pub mod attach;
 mod fixed;
 pub mod freeze;
 pub mod objects;
