@@ -1,7 +1,10 @@
 //! Links that delay, reorder, lose, or carry little: a relay between the agents does to their datagrams what such a link would.
 
 use crate::{Dice, Hosts};
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::socket::{setsockopt, sockopt},
+};
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -13,6 +16,9 @@ use std::{
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
+
+/// Bytes that wait for the relay at most.
+const BUFFER: usize = 32 << 20;
 
 /// What the relay does.
 #[derive(Debug, Clone, Copy, Default)]
@@ -110,6 +116,8 @@ impl Relay {
             let socket = |at: &str| {
                 let socket = UdpSocket::bind(at).expect("a socket");
                 socket.set_nonblocking(true).expect("a socket that does not wait");
+                // A burst of a sender that sees no loss is megabytes; what the kernel's own buffer drops would be another link than the one asked for.
+                setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).expect("a large buffer");
                 socket
             };
             let near = socket(&own);
