@@ -6,14 +6,10 @@
 //! second; and so is `MODE:MIB@RATE`, `MODE/shared:MIB@RATE` with anonymous shared memory, and `MODE/rest:MIB@RATE` of a program that looks at a page every 100 ms.
 //! Rows are printed as they come, so that a later failure loses nothing. `MIGRATE_BENCH_RUNS` (10) is how often each is measured; the middle counts.
 
-use migrate_harness::{Client, Guest, Hosts, Process, Receiver, Redis, Run, Stdio, programs, within};
+use migrate_harness::{Client, Guest, Hosts, Pauses, Process, Receiver, Redis, Run, Stdio, programs, within};
 use std::{
     fs,
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     thread,
     time::{Duration, Instant},
 };
@@ -95,32 +91,15 @@ fn row(what: &str, unit: &str, mut values: Vec<f64>) -> f64 {
 
 /// The longest time that a file did not grow, while `act` runs.
 fn longest_pause(file: &Path, act: impl FnOnce()) -> Duration {
-    let stop = Arc::new(AtomicBool::new(false));
-    let watcher = {
-        let (stop, file) = (Arc::clone(&stop), file.to_path_buf());
-        thread::spawn(move || {
-            let size = || fs::metadata(&file).map_or(0, |m| m.len());
-            let (mut last, mut grew, mut longest) = (size(), Instant::now(), Duration::ZERO);
-            while !stop.load(Ordering::Relaxed) {
-                let now = size();
-                if now != last {
-                    longest = longest.max(grew.elapsed());
-                    (last, grew) = (now, Instant::now());
-                }
-                thread::sleep(Duration::from_micros(20));
-            }
-            longest
-        })
-    };
+    let pauses = Pauses::watch(file, Duration::from_micros(20));
     act();
     // It must have gone on before the pause counts.
-    let size = fs::metadata(file).map_or(0, |m| m.len());
+    let size = pauses.size();
     within("growth of the file", Duration::from_secs(10), || {
-        (fs::metadata(file).ok()?.len() > size).then_some(())
+        (pauses.size() > size).then_some(())
     });
     thread::sleep(Duration::from_millis(5));
-    stop.store(true, Ordering::Relaxed);
-    watcher.join().unwrap_or_default()
+    pauses.longest()
 }
 
 fn freeze() {
@@ -206,7 +185,7 @@ fn workload(mode: &str, mib: &str, rate: &str, runs: usize) -> f64 {
     let mut parts = vec![vec![]; PARTS.len()];
     for _ in 0..runs {
         let hosts = hosts();
-        let plain = mode.starts_with("post-copy").then(|| ceiling(&hosts, 1 << 30)).flatten();
+        let plain = mode.starts_with("post-copy").then(|| hosts.ceiling(1 << 30)).flatten();
         let (freeze, gap, before, report) = moved(&hosts, mode, mib, rate);
         drains.add(&report, plain);
         freezes.push(freeze);
@@ -488,32 +467,12 @@ fn redis() {
     redis_clients();
 }
 
-/// The number that `migrate ceiling measure` prints, bytes a second.
-fn ceiling(hosts: &Hosts, bytes: u64) -> Option<f64> {
-    let address = format!("{}:7900", hosts.b.address());
-    let server = hosts.b.migrate(&["ceiling", "serve", &address]).start();
-    thread::sleep(Duration::from_millis(300));
-    if server.ended().is_some() {
-        eprintln!("migrate ceiling serve: {}", server.stderr());
-        return None;
-    }
-    let run: Run = hosts.a.run(&["ceiling", "measure", &address, &bytes.to_string()]);
-    server.signal(nix::sys::signal::Signal::SIGKILL);
-    let json = run.json();
-    let direct = json.get("bytes_per_second").and_then(|v| v.as_f64());
-    let rate = direct.or_else(|| run.stdout.split_whitespace().find_map(|w| w.parse().ok()));
-    if rate.is_none() {
-        eprintln!("migrate ceiling measure: code {} {}", run.code, run.all());
-    }
-    rate
-}
-
 fn throughput() {
     let (mut ours, mut theirs, mut ratio) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..runs() {
         let hosts = hosts();
         let guest = Guest::start(&hosts.a, "ballast", &[("mib", "1024"), ("rest-us", "100000")]);
-        let most = ceiling(&hosts, 1 << 30);
+        let most = hosts.ceiling(1 << 30);
         let moved = hosts.move_with(&hosts.a, guest.pid, &Stdio::Null, &["--mode", "stop"]);
         let rounds = moved.report["rounds"].as_array().cloned().unwrap_or_default();
         let sum = |key: &str| rounds.iter().filter_map(|r| r[key].as_f64()).sum::<f64>();

@@ -1,8 +1,7 @@
 //! What plain means carry on this machine: the measure of what a migration could.
 
 use super::{bed::Bed, results::Ceilings, run::caught};
-use migrate_harness::{Hosts, Process};
-use nix::sys::signal::Signal;
+use migrate_harness::Hosts;
 use std::{
     hint::black_box,
     io::{Read, Write},
@@ -13,8 +12,7 @@ use std::{
 /// What is carried to know how much takes about a second, and the most.
 const PROBE: u64 = 8 << 20;
 const MOST: u64 = 512 << 20;
-/// Ports that only these hosts have.
-const QUIC: u16 = 7900;
+/// A port that only these hosts have.
 const TCP: u16 = 7901;
 
 /// Measures all three; what cannot be measured is left out, and said.
@@ -54,16 +52,9 @@ fn memcpy() -> f64 {
 }
 
 fn quic(hosts: &Hosts) -> Option<f64> {
-    let address = format!("{}:{QUIC}", hosts.b.address());
-    let server: Process<'_> = hosts.b.migrate(&["ceiling", "serve", &address]).start();
-    std::thread::sleep(Duration::from_millis(300));
-    let measure = |bytes: u64| {
-        let run = hosts.a.run(&["ceiling", "measure", &address, &bytes.to_string()]);
-        run.json()["bytes_per_second"].as_f64()
-    };
-    let rate = measure(PROBE).and_then(|rate| measure((rate as u64).clamp(PROBE, MOST)));
-    server.signal(Signal::SIGKILL);
-    rate
+    hosts
+        .ceiling(PROBE)
+        .and_then(|rate| hosts.ceiling((rate as u64).clamp(PROBE, MOST)))
 }
 
 fn tcp(hosts: &Hosts) -> Option<f64> {

@@ -32,7 +32,7 @@ pub fn machine(tracker: TrackerArg, link: &str) -> Machine {
 }
 
 /// Load average over a minute (proc_loadavg(5)).
-pub fn load() -> f64 {
+fn load() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(f64::NAN)
 }

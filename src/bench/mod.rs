@@ -62,8 +62,7 @@ fn measure(arguments: &Bench, state_dir: &Path, events: &Events, cancel: &Cancel
     migrate_harness::without_oracle();
     let mut plan = plan::plan(arguments)?;
     let bed = bed::Bed::new(arguments, state_dir)?;
-    let mut machine = machine(arguments.tracker, &bed.link());
-    machine.load = machine::load();
+    let machine = machine(arguments.tracker, &bed.link());
     let ceilings = ceilings::measure(&bed, &note);
     let criu = criu::Criu::find(&bed);
     plan.retain(|item| item.how != plan::How::Criu || criu.is_ok());

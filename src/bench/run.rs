@@ -7,7 +7,7 @@ use super::{
     results::Measured,
 };
 use clap::ValueEnum;
-use migrate_harness::{Client, Guest, Hosts, Process, Redis, Relay, Run, Stdio, Weather, eventually, programs};
+use migrate_harness::{Client, Guest, Hosts, Pauses, Process, Redis, Relay, Run, Stdio, Weather, eventually, programs};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -18,11 +18,10 @@ use std::{
     fs,
     net::SocketAddr,
     panic::{self, AssertUnwindSafe},
-    path::{Path, PathBuf},
     process::{Child, Command, Stdio as ChildStdio},
     sync::{
-        Arc, Mutex, Once, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Mutex, Once, PoisonError,
+        atomic::{AtomicBool, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -37,6 +36,8 @@ const QUIET: Duration = Duration::from_millis(700);
 const AFTER: Duration = Duration::from_millis(400);
 /// Between two looks at how much a program has done.
 const SAMPLE: Duration = Duration::from_millis(10);
+/// Between two looks at whether its output grew.
+const LOOK: Duration = Duration::from_micros(50);
 /// Between two requests of the client.
 const ASK: Duration = Duration::from_millis(1);
 /// The longest that a migration may take.
@@ -144,52 +145,6 @@ fn ms(d: Duration) -> f64 {
     d.as_secs_f64() * 1e3
 }
 
-/// Watches how a file grows.
-struct Pauses {
-    file: PathBuf,
-    longest_ns: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
-}
-
-impl Pauses {
-    fn watch(file: &Path) -> Pauses {
-        let (longest_ns, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
-        let (longest, end, path) = (longest_ns.clone(), stop.clone(), file.to_owned());
-        thread::spawn(move || {
-            let size = || fs::metadata(&path).map_or(0, |m| m.len());
-            let (mut last, mut grew) = (size(), Instant::now());
-            while !end.load(Ordering::Relaxed) {
-                let now = size();
-                longest.fetch_max(grew.elapsed().as_nanos() as u64, Ordering::Relaxed);
-                if now != last {
-                    (last, grew) = (now, Instant::now());
-                }
-                thread::sleep(Duration::from_micros(50));
-            }
-        });
-        Pauses {
-            file: file.to_owned(),
-            longest_ns,
-            stop,
-        }
-    }
-    fn size(&self) -> u64 {
-        fs::metadata(&self.file).map_or(0, |m| m.len())
-    }
-    fn reset(&self) {
-        self.longest_ns.store(0, Ordering::Relaxed);
-    }
-    fn longest(&self) -> Duration {
-        Duration::from_nanos(self.longest_ns.load(Ordering::Relaxed))
-    }
-}
-
-impl Drop for Pauses {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
 /// A workload that runs.
 struct Program {
     pid: i32,
@@ -214,7 +169,11 @@ fn start(hosts: &Hosts, item: &Item) -> Result<Program, String> {
                 hosts.read("output").lines().take(5).collect::<Vec<_>>().join("\n")
             ));
         }
-        let eyes = if grows { Eyes::Output(Pauses::watch(&out)) } else { Eyes::Closed };
+        let eyes = if grows {
+            Eyes::Output(Pauses::watch(&out, LOOK))
+        } else {
+            Eyes::Closed
+        };
         Ok(program(&process, eyes))
     };
     Ok(match &item.workload {
@@ -264,11 +223,9 @@ fn start(hosts: &Hosts, item: &Item) -> Result<Program, String> {
     })
 }
 
-/// The longest that the client waited for an answer that it asked for in this time.
+/// The longest that the client waited for an answer that it asked for since then.
 fn longest_wait(client: &Client, since: Instant) -> Option<f64> {
-    let answers = client.answers();
-    let waits = answers.iter().filter(|a| a.asked >= since).map(|a| ms(a.came - a.asked));
-    waits.max_by(f64::total_cmp)
+    client.longest_wait_since(since).map(ms)
 }
 
 fn here(hosts: &Hosts, item: &Item, criu: Option<&Criu>) -> Result<Measured, String> {

@@ -3,9 +3,10 @@
 use crate::{
     host::{Ended, Host, Process, Stdio},
     hosts::Hosts,
-    tools::migrate_binary,
+    tools::{is_carried, migrate_binary},
     wait::{eventually, within},
 };
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::{
     fs,
@@ -19,6 +20,8 @@ use std::{
 
 /// Port that receivers listen on; every test has a network of its own.
 pub const PORT: u16 = 7878;
+/// The one for plain QUIC.
+const CEILING: u16 = 7900;
 
 /// What became of one run of the binary.
 #[derive(Debug, Clone)]
@@ -317,6 +320,20 @@ impl Hosts {
             gone.then_some(())
         });
         Moved { pid: restored, report }
+    }
+
+    /// What one plain QUIC stream carries from A to B, bytes a second, by sending so many.
+    pub fn ceiling(&self, bytes: u64) -> Option<f64> {
+        let address = format!("{}:{CEILING}", self.b.address());
+        let server = self.b.migrate(&["ceiling", "serve", &address]).start();
+        std::thread::sleep(Duration::from_millis(300));
+        let run = self.a.run(&["ceiling", "measure", &address, &bytes.to_string()]);
+        server.signal(Signal::SIGKILL);
+        let rate = run.json()["bytes_per_second"].as_f64();
+        if rate.is_none() && !is_carried() {
+            eprintln!("migrate ceiling: code {} {} {}", run.code, run.all(), server.stderr());
+        }
+        rate
     }
 
     /// A file in the directory that both hosts see.

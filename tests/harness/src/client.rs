@@ -116,7 +116,14 @@ impl Client {
 
     /// The longest time from a question to its answer, tries that failed included.
     pub fn longest_wait(&self) -> Duration {
-        self.answers().iter().map(|a| a.came - a.asked).max().unwrap_or_default()
+        longest(&self.answers()).unwrap_or_default()
+    }
+
+    /// The same of what was asked from then on; none if nothing was answered.
+    pub fn longest_wait_since(&self, since: Instant) -> Option<Duration> {
+        let mut answers = self.answers();
+        answers.retain(|a| a.asked >= since);
+        longest(&answers)
     }
 
     /// Fails the test unless the answers count on without a gap or a repeat.
@@ -137,6 +144,10 @@ impl Drop for Client {
             let _ = thread.join();
         }
     }
+}
+
+fn longest(answers: &[Answer]) -> Option<Duration> {
+    answers.iter().map(|a| a.came - a.asked).max()
 }
 
 fn get(address: SocketAddr, path: &str) -> io::Result<String> {
