@@ -108,6 +108,9 @@ pub struct Receive {
     /// Write the ticket, and nothing else, to this file (mode 0600) once the address is bound, instead of printing it
     #[arg(long, value_name = "FILE")]
     pub ticket_file: Option<PathBuf>,
+    /// How long a ticket is good for a host that is not known yet
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse::duration)]
+    pub ticket_lifetime: Duration,
     /// Stop after one migration, with its exit code
     #[arg(long)]
     pub once: bool,

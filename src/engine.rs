@@ -99,12 +99,12 @@ pub struct Receiver {
 
 impl Receiver {
     /// Binds; called inside a tokio runtime.
-    pub async fn bind(listen: SocketAddr, state_dir: &Path) -> Result<Receiver, Failure> {
+    pub async fn bind(listen: SocketAddr, state_dir: &Path, ticket_lifetime: Duration) -> Result<Receiver, Failure> {
         let fail = |e: &dyn std::fmt::Display| Failure::failed("listen", 0, e);
         let id = Identity::load_or_create(state_dir).map_err(|e| fail(&e))?;
         let store = TrustStore::open(state_dir).map_err(|e| fail(&e))?;
         Journal::prune(state_dir);
-        let tickets = Tickets::new(&id);
+        let tickets = Tickets::new(&id).lasting(ticket_lifetime);
         // One that was killed a moment ago may still be held by what it was building, which is about to end.
         let end = Instant::now() + Duration::from_secs(1);
         let listener = loop {
@@ -137,6 +137,10 @@ impl Receiver {
             *t = self.tickets.issue().map(|t| t.to_string()).unwrap_or_default();
         }
         t.clone()
+    }
+    /// How long each is good.
+    pub fn ticket_lifetime(&self) -> Duration {
+        self.tickets.lifetime()
     }
     /// This host's fingerprint.
     pub fn fingerprint(&self) -> String {

@@ -69,7 +69,7 @@ Examples:
 
 pub const RECEIVE: &str = "\
 Waits for process trees from other hosts and runs them here. Prints the command to type on the other host, with a \
-ticket that is good once, for ten minutes; afterwards the two hosts know each other and need no ticket.
+ticket that is good once, for ten minutes (--ticket-lifetime); afterwards the two hosts know each other and need no ticket.
 
 Examples:
   Take programs until Ctrl-C:

@@ -4,7 +4,7 @@ use crate::{
     cli::Receive,
     context::Context,
     engine::Receiver,
-    interrupt, out,
+    human, interrupt, out,
     report::{self, Deed, Stake},
 };
 use anyhow::Context as _;
@@ -31,7 +31,7 @@ pub async fn run(arguments: Receive, context: &Context) -> anyhow::Result<u8> {
     let stdio = checked(arguments.stdio)?;
     let shares_stdout = stdio == Stdio::Inherit;
     let _interrupts = interrupt::watch(context, "interrupted: ending; a migration in progress is undone first")?;
-    let receiver = Receiver::bind(arguments.listen, &context.state_dir).await?;
+    let receiver = Receiver::bind(arguments.listen, &context.state_dir, arguments.ticket_lifetime).await?;
     let bounds = Bounds::new(arguments.peer_timeout, arguments.at_once);
     let mut ticket = String::new();
     loop {
@@ -107,9 +107,10 @@ fn announce(context: &Context, receiver: &Receiver, ticket: &str, file: Option<&
         Some(file) => format!("\"$(cat {})\"", file.display()),
         None => ticket.to_owned(),
     };
+    let within = human::millis(receiver.ticket_lifetime().as_secs_f64() * 1e3);
     let text = format!(
         "Listening on {address}, fingerprint {fingerprint}\n\
-         On the host of the program, within 10 minutes and once:\n\n  \
+         On the host of the program, within {within} and once:\n\n  \
          migrate send PID {to} --ticket {ticket}\n\n\
          Without --ticket from hosts that sent here before, or are in `migrate trust list`.\n"
     );

@@ -125,6 +125,26 @@ fn strangers_get_nothing() {
     serves(&hosts, &receiver, &guest);
 }
 
+/// A ticket that came too late is refused by name at both ends, and is good for nothing afterwards either.
+#[test]
+fn an_expired_ticket_is_refused() {
+    let hosts = two_hosts!();
+    let guest = Guest::start(&hosts.a, "counter", &[]);
+    let receiver = Receiver::that_stays(&hosts.b, &["--ticket-lifetime", "3s"]);
+    thread::sleep(Duration::from_secs(3));
+    let before = untouched(&hosts.b);
+    for _ in 0..2 {
+        let run = hosts.a.send(guest.pid, &receiver, &["--mode", "stop"]);
+        run.expect_code(1);
+        assert!(run.all().contains("this ticket has expired"), "{}", run.all());
+    }
+    let said = receiver.process.stderr();
+    assert!(said.contains("brought a ticket that has expired"), "{said}");
+    assert_eq!(untouched(&hosts.b), before);
+    guest.verify("still at home");
+    guest.quit();
+}
+
 /// A socket of host A to the receiver, or to be connected to.
 fn socket(at: &str) -> UdpSocket {
     let socket = UdpSocket::bind(at).expect("a socket");

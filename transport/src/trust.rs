@@ -12,7 +12,7 @@
 //! damaged is an error that names the file; it is never replaced silently, as that would change who this host is, or whom it trusts.
 //!
 //! A [`Ticket`] makes two hosts know each other. `receive` prints it, the person carries it to the other host, and `send` proves there that
-//! it holds it. It is good for one use, within ten minutes by the receiver's clock.
+//! it holds it. It is good for one use, within ten minutes or as the receiver has it, by the receiver's clock.
 
 mod identity;
 mod store;

@@ -34,9 +34,9 @@ const CHECKSUM: usize = 4;
 const BYTES: usize = 32 + SECRET + CHECKSUM;
 const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
 
-/// How long a ticket is good.
+/// How long a ticket is good, unless [`Tickets::lasting`] says otherwise.
 pub const LIFETIME: Duration = Duration::from_secs(600);
-/// For how long one that is used or too old is remembered, to say so to its holder.
+/// For how long after its time one is remembered, to say to its holder that it is used or too old.
 const MEMORY: Duration = Duration::from_secs(3600);
 /// The most tickets remembered at once; the oldest go first.
 const MAX_TICKETS: usize = 64;
@@ -196,6 +196,7 @@ struct State {
 #[derive(Clone)]
 pub struct Tickets {
     receiver: Fingerprint,
+    lifetime: Duration,
     clock: Clock,
     state: Arc<Mutex<State>>,
 }
@@ -216,17 +217,30 @@ impl Tickets {
     pub fn with_clock(receiver: &super::Identity, clock: Clock) -> Self {
         Self {
             receiver: receiver.fingerprint(),
+            lifetime: LIFETIME,
             clock,
             state: Arc::default(),
         }
     }
 
-    /// Makes a ticket, good for one use in the next ten minutes.
+    /// The same, with tickets that are good for so long. Those already out are too.
+    pub fn lasting(self, lifetime: Duration) -> Self {
+        Self { lifetime, ..self }
+    }
+
+    /// How long each is good.
+    pub fn lifetime(&self) -> Duration {
+        self.lifetime
+    }
+
+    /// Makes a ticket, good for one use within its lifetime.
     pub fn issue(&self) -> Result<Ticket, TrustError> {
         let ticket = Ticket::generate(self.receiver)?;
         let now = (self.clock)();
         let mut state = self.lock();
-        state.issued.retain(|issued| now.saturating_duration_since(issued.made) < MEMORY);
+        state
+            .issued
+            .retain(|issued| now.saturating_duration_since(issued.made) < self.lifetime + MEMORY);
         if state.issued.len() >= MAX_TICKETS {
             state.issued.remove(0);
         }
@@ -247,7 +261,7 @@ impl Tickets {
         self.lock()
             .issued
             .iter()
-            .filter(|issued| !issued.used && now.saturating_duration_since(issued.made) < LIFETIME)
+            .filter(|issued| !issued.used && now.saturating_duration_since(issued.made) < self.lifetime)
             .count()
     }
 
@@ -277,7 +291,7 @@ impl Tickets {
                 TicketVerdict::Wrong
             }
             Some((_, true, _)) => TicketVerdict::Used,
-            Some((_, _, age)) if age >= LIFETIME => TicketVerdict::Expired,
+            Some((_, _, age)) if age >= self.lifetime => TicketVerdict::Expired,
             Some((number, ..)) => TicketVerdict::Good(number),
         }
     }
