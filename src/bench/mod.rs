@@ -65,7 +65,10 @@ fn measure(arguments: &Bench, state_dir: &Path, events: &Events, cancel: &Cancel
     let machine = machine(arguments.tracker, &bed.link());
     let ceilings = ceilings::measure(&bed, &note);
     let criu = criu::Criu::find(&bed);
-    plan.retain(|item| item.how != plan::How::Criu || criu.is_ok());
+    plan.retain(|item| match item.how {
+        plan::How::Criu(way) => criu.as_ref().is_ok_and(|c| c.can(way)),
+        plan::How::Mode(_) => true,
+    });
     let mut cases: Vec<Case> = Vec::new();
     let count = plan.len();
     for (number, item) in plan.into_iter().enumerate() {
@@ -97,7 +100,7 @@ fn measure(arguments: &Bench, state_dir: &Path, events: &Events, cancel: &Cancel
         command: command(std::env::args().skip(1)),
         took_s: began.elapsed().as_secs_f64(),
         cases,
-        without_criu: criu.err(),
+        without_criu: criu.map_or_else(Some, |c| c.cannot()),
     })
 }
 

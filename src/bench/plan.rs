@@ -130,8 +130,24 @@ impl Workload {
 pub enum How {
     /// This program.
     Mode(ModeArg),
+    /// CRIU.
+    Criu(Criu),
+}
+
+/// In which of its ways CRIU moves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Criu {
     /// `criu dump` and `criu restore`.
-    Criu,
+    Dump,
+    /// `criu pre-dump`, twice, before that.
+    PreDump,
+    /// `criu dump --lazy-pages`, `criu lazy-pages` and `criu restore --lazy-pages`: pages follow.
+    LazyPages,
+}
+
+impl Criu {
+    /// All there are.
+    pub const ALL: [Criu; 3] = [Criu::Dump, Criu::PreDump, Criu::LazyPages];
 }
 
 impl How {
@@ -142,7 +158,9 @@ impl How {
             How::Mode(ModeArg::PreCopy) => "pre-copy",
             How::Mode(ModeArg::PostCopy) => "post-copy",
             How::Mode(ModeArg::Stop) => "stop",
-            How::Criu => "criu",
+            How::Criu(Criu::Dump) => "criu",
+            How::Criu(Criu::PreDump) => "criu pre-dump",
+            How::Criu(Criu::LazyPages) => "criu lazy-pages",
         }
     }
 }
@@ -268,7 +286,7 @@ pub fn plan(arguments: &Bench) -> Result<Vec<Item>, Failure> {
             plan.extend(modes.iter().map(|mode| item(workload.clone(), *mode)));
             // It takes no notice of the link.
             if !link.is_slow() {
-                plan.push(by_criu(item(workload.clone(), ModeArg::Stop)));
+                plan.extend(by_criu(item(workload.clone(), ModeArg::Stop)));
             }
         }
         return Ok(plan);
@@ -276,9 +294,12 @@ pub fn plan(arguments: &Bench) -> Result<Vec<Item>, Failure> {
     Ok(short(&item, arguments.to.is_some()))
 }
 
-/// The same workload through CRIU.
-fn by_criu(item: Item) -> Item {
-    Item { how: How::Criu, ..item }
+/// The same workload through CRIU, in each of its ways.
+fn by_criu(item: Item) -> [Item; 3] {
+    Criu::ALL.map(|way| Item {
+        how: How::Criu(way),
+        ..item.clone()
+    })
 }
 
 /// Every combination of what the options list.
@@ -331,7 +352,7 @@ fn short(item: &impl Fn(Workload, ModeArg) -> Item, there: bool) -> Vec<Item> {
         item(memory(256, 50), ModeArg::Stop),
     ];
     if !there {
-        plan.push(by_criu(item(memory(256, 50), ModeArg::Stop)));
+        plan.extend(by_criu(item(memory(256, 50), ModeArg::Stop)));
         if migrate_harness::tool("busybox").is_some() {
             plan.push(item(Workload::Shell, ModeArg::Hybrid));
         }
@@ -349,7 +370,7 @@ fn full(item: &impl Fn(Workload, ModeArg) -> Item) -> Vec<Item> {
             plan.extend(modes.map(|mode| item(Workload::Memory(Memory::of(mib, rate)), mode)));
         }
         let written = Memory::of(mib, DirtyRate::Megabytes(50));
-        plan.push(by_criu(item(Workload::Memory(written), ModeArg::Stop)));
+        plan.extend(by_criu(item(Workload::Memory(written), ModeArg::Stop)));
     }
     let base = Memory::of(256, DirtyRate::Megabytes(50));
     let hybrid = |m: Memory| item(Workload::Memory(m), ModeArg::Hybrid);
@@ -365,7 +386,7 @@ fn full(item: &impl Fn(Workload, ModeArg) -> Item) -> Vec<Item> {
     plan.extend([100, 1000, 10_000].map(|fds| hybrid(Memory { fds, ..small })));
     for workload in [Workload::Shell, Workload::Http, Workload::Redis] {
         plan.extend(modes.map(|mode| item(workload.clone(), mode)));
-        plan.push(by_criu(item(workload, ModeArg::Stop)));
+        plan.extend(by_criu(item(workload, ModeArg::Stop)));
     }
     for (time, rate) in [(10, 12_500_000), (10, 125_000_000), (80, 12_500_000), (80, 125_000_000)] {
         let link = Link {
@@ -399,8 +420,8 @@ mod tests {
     /// Those that are not CRIU's.
     fn names(line: &str) -> Vec<String> {
         let name = |i: &Item| format!("{}: {}", i.case().workload, i.how);
-        let (criu, ours): (Vec<_>, Vec<_>) = of(line).unwrap().into_iter().partition(|i| i.how == How::Criu);
-        assert!(criu.len() <= ours.len());
+        let (criu, ours): (Vec<_>, Vec<_>) = of(line).unwrap().into_iter().partition(|i| matches!(i.how, How::Criu(_)));
+        assert!(criu.len() <= 3 * ours.len());
         ours.iter().map(name).collect()
     }
 

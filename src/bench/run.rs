@@ -254,7 +254,7 @@ fn here(hosts: &Hosts, item: &Item, criu: Option<&Criu>) -> Result<Measured, Str
         let begun = Instant::now();
         let moved = panic::catch_unwind(AssertUnwindSafe(|| match item.how {
             How::Mode(_) => by_migrate(hosts, item, pid),
-            How::Criu => criu.ok_or("CRIU does not work here")?.moved(hosts, pid),
+            How::Criu(way) => criu.ok_or("CRIU does not work here")?.moved(way, hosts, pid),
         }));
         thread::sleep(AFTER);
         over.store(true, Ordering::Relaxed);

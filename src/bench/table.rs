@@ -41,7 +41,7 @@ pub fn text(results: &Results) -> String {
         text += &failed.concat();
     }
     if let Some(why) = &results.without_criu {
-        text += &format!("\nCRIU is not compared: {why}\n");
+        text += &format!("\nNot compared: {why}\n");
     }
     text
 }

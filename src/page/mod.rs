@@ -148,7 +148,7 @@ fn machine(about: &Machine) -> Vec<(&'static str, String)> {
 }
 
 fn without_criu(why: &str) -> String {
-    paragraph(&format!("CRIU is not in the table: {}.", why.trim_end_matches('.')))
+    paragraph(&format!("Not in the table: {}.", why.trim_end_matches('.')))
 }
 
 /// "256 MiB, 50 MB/s, hybrid, run 3 of 5".

@@ -192,6 +192,6 @@ pub fn results() -> Results {
         command: "bench --memory 16MiB,64MiB,256MiB,1GiB,4GiB --report bench.html".into(),
         took_s: 412.0,
         cases,
-        without_criu: Some("criu is not installed".into()),
+        without_criu: Some("CRIU (apt-get install criu)".into()),
     }
 }

@@ -91,7 +91,7 @@ fn a_bench_page() {
         "Speed of the program",
         "Waiting for pages after the resume",
         "2026-11-23 21:30 UTC",
-        "CRIU is not in the table: criu is not installed.",
+        "Not in the table: CRIU (apt-get install criu).",
         "4096 MiB, 200 MB/s, hybrid, run ",
         "redis &lt;1 GiB of keys&gt;",
     ] {

@@ -266,7 +266,7 @@ fn criu_beside_migrate_in_one_bench() {
     assert_eq!(results["without_criu"], serde_json::Value::Null, "{results}");
     let cases = results["cases"].as_array().unwrap();
     let modes: Vec<_> = cases.iter().map(|c| c["mode"].as_str().unwrap()).collect();
-    assert_eq!(modes, ["stop", "criu"]);
+    assert_eq!(modes, ["stop", "criu", "criu pre-dump", "criu lazy-pages"]);
     for case in cases {
         let run = &case["runs"][0];
         let (gap, client) = (run["program_ms"].as_f64().unwrap(), run["client_ms"].as_f64().unwrap());
