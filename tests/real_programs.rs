@@ -1,7 +1,12 @@
 //! Programs that nobody here wrote, started as anyone would start them, moved with `--mode stop`.
 
-use migrate_harness::{Client, Hosts, Process, Redis, Stdio, need, programs, python, skip, two_hosts, within};
-use std::time::{Duration, Instant};
+use migrate_harness::{Client, Ended, Hosts, Process, Redis, Stdio, need, programs, python, skip, two_hosts, within};
+use nix::sys::signal::Signal;
+use std::{
+    io::ErrorKind,
+    net::TcpStream,
+    time::{Duration, Instant},
+};
 
 fn count_in(text: impl Fn() -> String, at_least: usize) {
     within(&format!("{at_least} numbers"), Duration::from_secs(60), || {
@@ -265,6 +270,36 @@ fn redis_answers_while_its_pages_follow() {
     );
     assert!(early >= 50, "{early} answers of {} came before the last page", answers.len());
     client.expect_counts_on();
+}
+
+/// Nor when the originals end at once: their memory goes before their sockets.
+#[test]
+fn nobody_waits_at_originals_that_end() {
+    let hosts = two_hosts!();
+    let _ = need!("redis-server");
+    let server = Redis::start(&hosts, &hosts.a, 6400, &["--save", ""]);
+    let knock = || {
+        hosts
+            .a
+            .inside(|| TcpStream::connect((hosts.a.address(), 6400)).map_err(|e| e.kind()))
+    };
+    knock().expect("a server that listens");
+    let receiver = hosts.b.receive(&Stdio::Null);
+    let pid = server.pid.to_string();
+    let args = [&hosts.a.send_args_any(&pid, &receiver)[..], &["--mode", "pre-copy"]].concat();
+    // SIGSTOP, before it ends them.
+    let at = ("MIGRATE_AT", "shut the listeners#1");
+    let sender = hosts.a.migrate(&args).env(at.0, at.1).env("MIGRATE_AT_SIGNAL", "19").start();
+    Redis::of(&hosts.b, 6400).wait();
+    within("a closed door", Duration::from_secs(10), || {
+        (knock().err() == Some(ErrorKind::ConnectionRefused)).then_some(())
+    });
+    assert_eq!(hosts.a.running("redis-server").len(), 1, "the original is there still");
+    sender.signal(Signal::SIGCONT);
+    assert_eq!(sender.wait_for(Duration::from_secs(30)), Ended::Code(0), "{}", sender.stderr());
+    within("end of the original", Duration::from_secs(10), || {
+        hosts.a.running("redis-server").is_empty().then_some(())
+    });
 }
 
 #[test]

@@ -18,7 +18,7 @@
 
 pub mod audit;
 pub mod bits;
-mod door;
+pub mod door;
 pub mod fetch;
 pub mod ipc;
 pub mod keeper;

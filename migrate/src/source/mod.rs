@@ -17,7 +17,10 @@ mod transfer;
 use crate::{
     dump::{self, mm::Cache, tree::Dumped},
     journal::{self, Entry, Journal, Side, Stage},
-    lazy::serve::{self, Refusal, ServeError},
+    lazy::{
+        door,
+        serve::{self, Refusal, ServeError},
+    },
     oracle,
     patient::Patient,
     procfs::{stat, status, vanished},
@@ -509,6 +512,11 @@ pub async fn send<C: Connector>(
     if options.leave_running {
         thaw(&tracer).await;
     } else {
+        if late.is_none() {
+            let pids = snap.pids.clone();
+            let _ = tokio::task::spawn_blocking(move || door::shut(&pids)).await;
+            steps::reached("shut the listeners");
+        }
         kill(&tracer).await;
     }
     steps::reached("ended the originals");
