@@ -112,9 +112,18 @@ impl Pagemap {
 
     /// Ranges of `start..end` that are present or swapped out, and guards. The shared zero page counts as absent.
     pub fn populated(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
-        match self.scan(start, end, GUARD, out) {
+        self.content(start, end, FILE, out)
+    }
+
+    /// The same of memory that no file is behind: the kernel need not look at the pages themselves.
+    pub fn populated_no_file(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
+        self.content(start, end, 0, out)
+    }
+
+    fn content(&self, start: u64, end: u64, file: u64, out: &mut Vec<Range>) -> io::Result<()> {
+        match self.scan(start, end, GUARD, file, out) {
             // Kernels before 6.15 do not know the guard category.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => match self.scan(start, end, 0, out) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => match self.scan(start, end, 0, file, out) {
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.read_entries(start, end, out),
                 r => r,
             },
@@ -123,8 +132,7 @@ impl Pagemap {
         }
     }
 
-    /// The same of memory that no file is behind; the shared zero page counts as content. Several times as fast, since the kernel need not look at
-    /// the pages themselves.
+    /// The same, and the shared zero page counts as content. Several times as fast as [`Pagemap::populated`].
     pub fn populated_anonymous(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
         let arg = ScanArg {
             start,
@@ -154,15 +162,15 @@ impl Pagemap {
     pub fn scan_works(&self) -> bool {
         let probe = 0u8;
         let at = &raw const probe as u64 & !(PAGE - 1);
-        self.scan(at, at + PAGE, 0, &mut Vec::new()).is_ok()
+        self.scan(at, at + PAGE, 0, FILE, &mut Vec::new()).is_ok()
     }
 
-    fn scan(&self, start: u64, end: u64, guard: u64, out: &mut Vec<Range>) -> io::Result<()> {
+    fn scan(&self, start: u64, end: u64, guard: u64, file: u64, out: &mut Vec<Range>) -> io::Result<()> {
         let arg = ScanArg {
             start,
             end,
             category_anyof_mask: PRESENT | SWAPPED | guard,
-            return_mask: PRESENT | SWAPPED | FILE | PFNZERO | guard,
+            return_mask: PRESENT | SWAPPED | file | PFNZERO | guard,
             ..Default::default()
         };
         let mut doubtful = false;
@@ -234,8 +242,9 @@ impl Pagemap {
     }
 
     /// Pages of `start..end` that were written since they were last armed, populated ones only; arms them again. Every page of the range
-    /// has to be registered with an asynchronous userfaultfd: else EPERM, and what was armed before the error is lost.
-    pub fn take_written(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
+    /// has to be registered with an asynchronous userfaultfd: else EPERM, and what was armed before the error is lost. Which are a file's only if `files`: for that the
+    /// kernel looks at the pages themselves, twice as long as at their entries.
+    pub fn take_written(&self, start: u64, end: u64, files: bool, out: &mut Vec<Range>) -> io::Result<()> {
         let scan = |known: u64| {
             let arg = ScanArg {
                 flags: WP_MATCHING | CHECK_WPASYNC,
@@ -243,7 +252,7 @@ impl Pagemap {
                 end,
                 category_mask: WRITTEN,
                 category_anyof_mask: PRESENT | SWAPPED,
-                return_mask: FILE | known,
+                return_mask: known | if files { FILE } else { WRITTEN },
                 ..Default::default()
             };
             let mut found = Vec::new();

@@ -89,14 +89,14 @@ impl WpAsync {
     /// in place of 10 ms. In the other blocks that would show, and arm, every hole of a reserve.
     fn take_written(&self, vma: &Vma, held: &PageSet, found: &mut Vec<Range>) -> io::Result<()> {
         if over_file(vma) {
-            return self.pagemap.take_written(vma.start, vma.end, found);
+            return self.pagemap.take_written(vma.start, vma.end, true, found);
         }
         let blocks = blocks(&held.clip(vma.start, vma.end), vma);
         let mut rest = PageSet::new();
         rest.insert(vma.start, vma.end);
         rest.subtract(&blocks);
         for &(a, b) in rest.ranges() {
-            self.pagemap.take_written(a, b, found)?;
+            self.pagemap.take_written(a, b, false, found)?;
         }
         let mut open = Vec::new();
         for &(a, b) in blocks.ranges() {
@@ -104,7 +104,7 @@ impl WpAsync {
         }
         let near = open.chunk_by(|l, r| r.0 - l.1 <= NEAR);
         for (a, b) in near.filter_map(|g| Some((g.first()?.0, g.last()?.1))) {
-            self.pagemap.take_written(a, b, found)?;
+            self.pagemap.take_written(a, b, false, found)?;
         }
         Ok(())
     }
@@ -197,7 +197,7 @@ impl WpAsync {
         rest.extend(&self.guards.clip(vma.start, vma.end));
         for &(a, b) in rest.ranges() {
             found.clear();
-            self.pagemap.populated(a, b, &mut found).map_err(changed)?;
+            self.pagemap.populated_no_file(a, b, &mut found).map_err(changed)?;
             for r in &found {
                 if r.guard {
                     scan.guards.insert(r.start, r.end);
