@@ -4,7 +4,10 @@
 //! What its user would count stands where the agents' figures do: from the start of the (last) dump to the end of the restore. With lazy pages that is when the program runs again, and
 //! the total is until all pages have come.
 
-use super::{bed::Bed, plan::Criu as Way};
+use super::{
+    bed::Bed,
+    plan::{Criu as Way, How},
+};
 use migrate_harness::{Host, Hosts, Process, Run, eventually};
 use serde_json::{Value, json};
 use std::{
@@ -16,8 +19,8 @@ use std::{
 
 /// Why there is nothing of it.
 const MISSING: &str = "CRIU (apt-get install criu)";
-/// `criu pre-dump` before the dump: the second has only what the first took long to write.
-const PRE_DUMPS: usize = 2;
+/// `criu pre-dump` before the dump: the second has only what the first took long to write. Where the images of each are, and how the next one finds them.
+const PRE_DUMPS: [(&str, &str); 2] = [("criu-0", "../criu-0"), ("criu-1", "../criu-1")];
 /// A port that only these hosts have: of the server of lazy pages.
 const PAGES: &str = "7902";
 /// The longest that any of its commands may take.
@@ -53,8 +56,11 @@ impl Criu {
 
     /// What it cannot do on this kernel, if anything.
     pub fn cannot(&self) -> Option<String> {
-        let name = |way| super::plan::How::Criu(way);
-        let all: Vec<String> = self.cannot.iter().map(|(way, said)| format!("{} ({said})", name(*way))).collect();
+        let all: Vec<String> = self
+            .cannot
+            .iter()
+            .map(|(way, said)| format!("{} ({said})", How::Criu(*way)))
+            .collect();
         (!all.is_empty()).then(|| all.join(", "))
     }
 
@@ -62,21 +68,18 @@ impl Criu {
     pub fn moved(&self, way: Way, hosts: &Hosts, pid: i32) -> Result<(Value, Vec<(f64, Value)>), String> {
         let pid = pid.to_string();
         let begun = Instant::now();
-        let (mut images, mut track): (_, &[&str]) = (directory(hosts, "criu")?, &[]);
+        let tree = ["--tree", pid.as_str()];
+        let mut track = Vec::new();
         if way == Way::PreDump {
-            let parent = ["--track-mem", "--prev-images-dir"];
-            let mut more = vec!["--tree", &pid, "--track-mem"];
-            for n in 0..PRE_DUMPS {
-                images = directory(hosts, &format!("criu-{n}"))?;
-                self.run(&hosts.a, "pre-dump", &images, &more)?;
-                // From the images' directory.
-                more = [&["--tree", &pid], &parent[..], &[["../criu-0", "../criu-1"][n]]].concat();
+            track = vec!["--track-mem"];
+            for (name, from_the_next) in PRE_DUMPS {
+                self.run(&hosts.a, "pre-dump", &directory(hosts, name)?, &[&tree, &track[..]].concat())?;
+                track = vec!["--track-mem", "--prev-images-dir", from_the_next];
             }
-            images = directory(hosts, "criu")?;
-            track = &["--track-mem", "--prev-images-dir", "../criu-1"];
         }
+        let images = directory(hosts, "criu")?;
         let frozen = Instant::now();
-        let dump = [&["--skip-in-flight", "--tree", &pid], track].concat();
+        let dump = [&["--skip-in-flight"], &tree[..], &track].concat();
         let (dumped, back);
         if way == Way::LazyPages {
             let address = ["--address", hosts.a.address(), "--port", PAGES];
