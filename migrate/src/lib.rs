@@ -36,6 +36,7 @@ pub mod blocker;
 pub mod check;
 pub mod checkpoint;
 pub mod destination;
+pub mod door;
 pub mod dump;
 pub mod image;
 pub mod inject;

@@ -18,7 +18,6 @@
 
 pub mod audit;
 pub mod bits;
-pub mod door;
 pub mod fetch;
 pub mod ipc;
 pub mod keeper;

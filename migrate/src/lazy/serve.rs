@@ -5,12 +5,12 @@
 //! place, not what has arrived, so a slow destination slows the push down as well.
 
 use super::{
-    door,
     ipc::Stats,
     lane::Lane,
     push::{Left, PIECE},
 };
 use crate::{
+    door,
     dump::pages::{self, Batch, Reader, SpacePlan},
     image::PAGE,
     pages::PageSet,

@@ -15,12 +15,10 @@ pub mod shared;
 mod transfer;
 
 use crate::{
+    door,
     dump::{self, mm::Cache, tree::Dumped},
     journal::{self, Entry, Journal, Side, Stage},
-    lazy::{
-        door,
-        serve::{self, Refusal, ServeError},
-    },
+    lazy::serve::{self, Refusal, ServeError},
     oracle,
     patient::Patient,
     procfs::{stat, status, vanished},
