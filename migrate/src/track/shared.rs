@@ -8,7 +8,7 @@
 
 use super::{TrackError, listener::Listener};
 use crate::{
-    image::{PAGE, Vma},
+    image::Vma,
     pages::PageSet,
     sys::{pagemap::Pagemap, uffd::Userfault},
 };
@@ -23,9 +23,6 @@ pub struct SharedMemory {
     /// Registered, and not armed yet.
     void: PageSet,
 }
-
-/// Armed pages between two others that are looked at along with them: about what one more call costs.
-const NEAR: u64 = 16 * PAGE;
 
 impl SharedMemory {
     /// `fd`: the number that userfaultfd(2) returned inside process `pid`. The caller closes it there.
@@ -83,8 +80,7 @@ impl SharedMemory {
     fn arm(&self, vma: &Vma, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
         let mut open = Vec::new();
         self.pagemap.unarmed(vma.start, vma.end, &mut open)?;
-        let near = open.chunk_by(|l, r| r.0 - l.1 <= NEAR);
-        for (a, b) in near.filter_map(|g| Some((g.first()?.0, g.last()?.1))) {
+        for (a, b) in super::wp_async::near(&open) {
             self.pagemap.take_unarmed(a, b, out)?;
         }
         Ok(())

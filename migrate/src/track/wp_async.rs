@@ -102,8 +102,7 @@ impl WpAsync {
         for &(a, b) in blocks.ranges() {
             self.pagemap.unarmed(a, b, &mut open)?;
         }
-        let near = open.chunk_by(|l, r| r.0 - l.1 <= NEAR);
-        for (a, b) in near.filter_map(|g| Some((g.first()?.0, g.last()?.1))) {
+        for (a, b) in near(&open) {
             self.pagemap.take_written(a, b, false, found)?;
         }
         Ok(())
@@ -191,24 +190,24 @@ impl WpAsync {
         rest.insert(vma.start, vma.end);
         rest.subtract(&blocks);
         rest.extend(&PageSet::from_ranges(open));
-        // What is not armed is content, a guard, or nothing any more.
-        let mut populated = PageSet::new();
-        let mut found = Vec::new();
         rest.extend(&self.guards.clip(vma.start, vma.end));
-        for &(a, b) in rest.ranges() {
-            found.clear();
-            self.pagemap.populated_no_file(a, b, &mut found).map_err(changed)?;
-            for r in &found {
-                if r.guard {
-                    scan.guards.insert(r.start, r.end);
-                } else {
-                    populated.insert(r.start, r.end);
-                }
-            }
-        }
+        let (populated, guards) = self.content(&rest)?;
+        scan.guards = guards;
         scan.gone = mine.intersection(&rest).difference(&populated);
         scan.dirty = populated;
         Ok(scan)
+    }
+
+    /// What is content and what are guards of pages that are not armed; the others are nothing any more. Places near each other are looked at in one call: with
+    /// every third page of a GiB written a call for each took 20 ms.
+    fn content(&self, pages: &PageSet) -> Result<(PageSet, PageSet), TrackError> {
+        let mut found = Vec::new();
+        for (a, b) in near(pages.ranges()) {
+            self.pagemap.populated_no_file(a, b, &mut found).map_err(changed)?;
+        }
+        let (guards, populated): (Vec<&Range>, Vec<&Range>) = found.iter().partition(|r| r.guard);
+        let of = |found: Vec<&Range>| PageSet::from_ranges(found.iter().map(|r| (r.start, r.end))).intersection(pages);
+        Ok((of(populated), of(guards)))
     }
 
     /// Notes of these pages, which are armed, a word by which each differs from the file's page. Only of a mapping of a file.
@@ -323,6 +322,12 @@ fn blocks(held: &PageSet, vma: &Vma) -> PageSet {
         out.insert((a & !(BLOCK - 1)).max(vma.start), b.next_multiple_of(BLOCK).min(vma.end));
     }
     out
+}
+
+/// Sorted ranges, those joined that are near enough to each other to be looked at in one call.
+pub(super) fn near(ranges: &[(u64, u64)]) -> impl Iterator<Item = (u64, u64)> {
+    let groups = ranges.chunk_by(|l, r| r.0 - l.1 <= NEAR);
+    groups.filter_map(|g| Some((g.first()?.0, g.last()?.1)))
 }
 
 /// What an error of a look means.
