@@ -16,7 +16,7 @@ use crate::{
     report::{Downtime, Event, Events, Failure, Report, Round, Stdio},
     restore::{
         fds::StdioFds,
-        rebuild::{Pids, Rebuild},
+        rebuild::{Pids, Rebuild, Setting},
     },
     source::{self, freeze::Snapshot},
     sys::misc,
@@ -648,10 +648,14 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
     let tracer = Tracer::start().map_err(|e| failed(e.to_string()))?;
     events(Event::Phase { phase: "restore" });
     let word = memory_word().map_err(|e| failed(e.to_string()))?;
-    let pids = if fresh { Pids::Fresh } else { Pids::Here };
+    let setting = Setting {
+        pids: if fresh { Pids::Fresh } else { Pids::Here },
+        fresh_files: false,
+        descriptors: 0,
+    };
     let skeleton = tracer
         .call_blocking(move || {
-            let mut copy = Rebuild::skeleton(tree, names, &word, pids, false).map_err(|e| e.to_string())?;
+            let mut copy = Rebuild::skeleton(tree, names, &word, setting).map_err(|e| e.to_string())?;
             let sink = copy.sink().map_err(|e| e.to_string())?;
             Ok::<_, String>((copy, sink))
         })

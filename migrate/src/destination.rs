@@ -23,7 +23,7 @@ use crate::{
     restore::{
         fds::StdioFds,
         follow::FollowError,
-        rebuild::{Names, Pids, Rebuild},
+        rebuild::{Names, Pids, Rebuild, Setting},
         sink::Sink,
     },
     steps,
@@ -126,6 +126,8 @@ pub async fn serve<L: Link>(
     inv.tree
         .validate()
         .map_err(|e| lost("inventory")(WireError::Protocol(format!("a tree that is none: {e}"))))?;
+    let numbers = inv.tree.processes.iter().flat_map(|p| p.fds.iter().map(|f| f.fd));
+    let descriptors = numbers.max().map_or(0, |n| n as u64 + 1);
     let (blockers, host) = {
         tokio::task::spawn_blocking(move || (preflight::tree(&inv.tree), dump::host::host()))
             .await
@@ -210,6 +212,7 @@ pub async fn serve<L: Link>(
         lazy,
         keeper,
         awake: None,
+        descriptors,
     };
     let mut rounds = Vec::new();
     let built = tokio::select! {
@@ -498,6 +501,8 @@ struct Site<'a> {
     keeper: Option<Keeper>,
     /// From the arrival of the state on.
     awake: Option<Awake>,
+    /// For the skeleton's setting.
+    descriptors: u64,
 }
 
 impl Site<'_> {
@@ -552,6 +557,7 @@ impl Site<'_> {
         let journal = Journal::create(self.state_dir, &entry)
             .map_err(|e| format!("cannot write the journal in {}: {e}", self.state_dir.display()))?;
         let word = journal.file().try_clone().map_err(|e| e.to_string())?;
+        let descriptors = self.descriptors;
         let built = self
             .tracer
             .call(move || {
@@ -560,7 +566,17 @@ impl Site<'_> {
                 } else {
                     Pids::Fresh
                 };
-                let mut r = Rebuild::skeleton(tree, names, &word, pids, true).map_err(|e| e.to_string())?;
+                let mut r = Rebuild::skeleton(
+                    tree,
+                    names,
+                    &word,
+                    Setting {
+                        pids,
+                        fresh_files: true,
+                        descriptors,
+                    },
+                )
+                .map_err(|e| e.to_string())?;
                 if later {
                     r.no_huge_pages().map_err(|e| e.to_string())?;
                 }

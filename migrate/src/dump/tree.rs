@@ -429,7 +429,7 @@ fn collect(procs: &[Proc], read: Option<Vec<Read>>, host: Host, mode: fds::Mode,
         });
     }
     let only: Vec<fds::Source> = sources.iter().map(|(_, s)| *s).collect();
-    let tables = fds::dump(&only, &mut objects, mode, &mut blockers)?;
+    let tables = fds::dump(&only, &mut objects, mode, &mut cache.order, &mut blockers)?;
     laps.lap("descriptors");
     if frozen {
         laps.log("read");

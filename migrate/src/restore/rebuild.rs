@@ -51,6 +51,18 @@ pub enum Pids {
     Fresh,
 }
 
+/// What a skeleton's tree does not tell.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting {
+    /// How it gets its pids.
+    pub pids: Pids,
+    /// The freeze was just now, so written files must be exactly as it left them.
+    pub fresh_files: bool,
+    /// Numbers below this are open descriptors, as far as is known: a tree that runs is sent without its descriptors, and in the freeze their table
+    /// would have to grow ([`fds::make_room`]).
+    pub descriptors: u64,
+}
+
 /// Whether the tree's pids are free in this pid namespace.
 pub fn pids_free(tree: &Tree) -> bool {
     let free = |id: i32| !std::path::Path::new(&format!("/proc/{id}")).exists();
@@ -136,9 +148,13 @@ impl Names {
 }
 
 impl Rebuild {
-    /// Processes and mappings, empty and waiting. `word` holds the decision page; `fresh_files`: the freeze was just now, so written files
-    /// must be exactly as it left them.
-    pub fn skeleton(tree: Tree, names: Names, word: &File, pids: Pids, fresh_files: bool) -> Result<Rebuild, PilotError> {
+    /// Processes and mappings, empty and waiting. `word` holds the decision page.
+    pub fn skeleton(tree: Tree, names: Names, word: &File, setting: Setting) -> Result<Rebuild, PilotError> {
+        let Setting {
+            pids,
+            fresh_files,
+            descriptors,
+        } = setting;
         if !names.fit(&tree) {
             return Err(PilotError::agent("name the address spaces")(io::ErrorKind::InvalidData.into()));
         }
@@ -182,7 +198,9 @@ impl Rebuild {
             .unwrap_or(0);
         let most = tree.processes.iter().map(|p| p.fds.len() as u64).max().unwrap_or(0);
         let mapped = tree.mms.iter().map(|m| m.vmas.len() as u64).max().unwrap_or(0).min(4096);
-        let socket_number = highest.max(most).max(mapped) + 16;
+        // A process may not open more than this agent; that a tree needs more is said where it does.
+        let descriptors = descriptors.min(fds::raise_limit().saturating_sub(64));
+        let socket_number = highest.max(most).max(mapped).max(descriptors) + 16;
         let mut r = Rebuild {
             pids: vec![0; tree.processes.len()],
             tree,

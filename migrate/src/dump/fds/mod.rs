@@ -39,6 +39,8 @@ mod timerfd;
 mod udp;
 mod unix;
 
+pub use sharing::Order;
+
 use super::objects::ObjectTable;
 use crate::{
     blocker::Blocker,
@@ -112,12 +114,18 @@ impl DumpError {
 /// Dumps the descriptors of `processes`.
 ///
 /// `objects` collects unlinked files and memfds, shared with the dump of mappings; their content is not read here. Whatever cannot move
-/// is added to `blockers` and missing in the result.
+/// is added to `blockers` and missing in the result. `order`: what an inventory leaves for the looks after it.
 ///
 /// # Errors
 /// A failed system call: for [`Mode::Frozen`] also when a process or descriptor has vanished.
-pub fn dump(processes: &[Source], objects: &mut ObjectTable, mode: Mode, blockers: &mut Vec<Blocker>) -> Result<Tables, DumpError> {
-    dump_selected(processes, objects, mode, blockers, &|_| true)
+pub fn dump(
+    processes: &[Source],
+    objects: &mut ObjectTable,
+    mode: Mode,
+    order: &mut Order,
+    blockers: &mut Vec<Blocker>,
+) -> Result<Tables, DumpError> {
+    dump_selected(processes, objects, mode, order, blockers, &|_| true)
 }
 
 /// [`dump`], of the descriptor numbers that `wanted` lets through only: the others are as if closed.
@@ -125,6 +133,7 @@ pub fn dump_selected(
     processes: &[Source],
     objects: &mut ObjectTable,
     mode: Mode,
+    order: &mut Order,
     blockers: &mut Vec<Blocker>,
     wanted: &dyn Fn(i32) -> bool,
 ) -> Result<Tables, DumpError> {
@@ -136,7 +145,7 @@ pub fn dump_selected(
     }
     let dirs = processes.iter().map(table::dirs).collect::<Result<Vec<_>, _>>()?;
     let raws = table::read(processes, &dirs, mode, wanted)?;
-    let opens = sharing::group(processes, &raws, mode)?;
+    let opens = sharing::group(processes, &raws, mode, order)?;
     let mut context = Context::new(processes, dirs, raws, mode, objects, blockers);
     for (a, b) in sharing::shared_tables(processes) {
         context.refuse_table_sharing(a, b);

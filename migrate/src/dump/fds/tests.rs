@@ -21,7 +21,7 @@ fn me() -> Source {
 fn dump_own(fds: &[RawFd], mode: Mode) -> (Tables, Vec<Blocker>, ObjectTable) {
     let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
     let wanted = |fd: i32| fds.contains(&fd);
-    let tables = dump_selected(&[me()], &mut objects, mode, &mut blockers, &wanted).unwrap();
+    let tables = dump_selected(&[me()], &mut objects, mode, &mut Order::default(), &mut blockers, &wanted).unwrap();
     (tables, blockers, objects)
 }
 
@@ -31,7 +31,10 @@ fn dump_child(pid: u32, fds: &[RawFd]) -> (Tables, Vec<Blocker>) {
         pid: pid as i32,
         inner_pid: pid as i32,
     };
-    let tables = dump_selected(&[source], &mut objects, Mode::Frozen, &mut blockers, &|fd| fds.contains(&fd)).unwrap();
+    let tables = dump_selected(&[source], &mut objects, Mode::Frozen, &mut Order::default(), &mut blockers, &|fd| {
+        fds.contains(&fd)
+    })
+    .unwrap();
     (tables, blockers)
 }
 
@@ -110,7 +113,9 @@ fn fork_shares() {
         }
     }
     let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
-    let t = dump_selected(&sources, &mut objects, Mode::Frozen, &mut blockers, &|fd| fd == 0);
+    let t = dump_selected(&sources, &mut objects, Mode::Frozen, &mut Order::default(), &mut blockers, &|fd| {
+        fd == 0
+    });
     for c in &mut children {
         c.kill().unwrap();
         c.wait().unwrap();
@@ -146,7 +151,7 @@ fn ten_thousand_files_are_fast() {
     for round in 0..3 {
         let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
         let (start, busy) = (std::time::Instant::now(), cpu_time());
-        let t = dump_selected(&[me()], &mut objects, Mode::Frozen, &mut blockers, &|fd| {
+        let t = dump_selected(&[me()], &mut objects, Mode::Frozen, &mut Order::default(), &mut blockers, &|fd| {
             fd >= low && mine.contains(&fd)
         })
         .unwrap();
@@ -383,4 +388,30 @@ fn flags_are_those_of_the_open() {
     let tmp = tempfile::tempfile_in(dir.path()).unwrap();
     let (t, _, _) = dump_own(&[tmp.as_raw_fd()], Mode::Frozen);
     assert_eq!(t.descriptions[0].flags, libc::O_RDWR as u32);
+}
+
+#[test]
+fn an_order_known_before_is_a_hint() {
+    let same: Vec<OwnedFd> = (0..40).map(|_| File::open("/dev/null").unwrap().into()).collect();
+    // Every third shares its description with the one before.
+    let all: Vec<OwnedFd> = same
+        .iter()
+        .enumerate()
+        .flat_map(|(i, fd)| [fd.try_clone().ok(), (i % 3 == 0).then(|| fd.try_clone().unwrap())])
+        .flatten()
+        .collect();
+    let numbers: Vec<RawFd> = all.iter().map(AsRawFd::as_raw_fd).collect();
+    let look = |mode, order: &mut Order| {
+        let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
+        dump_selected(&[me()], &mut objects, mode, order, &mut blockers, &|fd| numbers.contains(&fd)).unwrap()
+    };
+    let plain = look(Mode::Frozen, &mut Order::default());
+    assert_eq!(plain.descriptions.len(), 40);
+    let mut known = Order::default();
+    assert_eq!(look(Mode::Inventory, &mut known), plain);
+    assert_eq!(look(Mode::Frozen, &mut known), plain);
+    for wrong in [1, 2, 7, 13] {
+        let mut order = known.mixed(wrong);
+        assert_eq!(look(Mode::Frozen, &mut order), plain, "{wrong}");
+    }
 }

@@ -198,6 +198,7 @@ pub fn preflight(input: Input<'_>, blockers: &mut Vec<Blocker>) {
     }
     let needed = (input.descriptions.len() + input.objects.len()) as u64 + 256;
     let limit = raise_limit();
+    make_room(needed);
     if limit < needed {
         let reason = format!("{needed} descriptors are needed and this agent may open {limit}");
         blockers.push(Blocker::new(
@@ -220,6 +221,29 @@ pub fn raise_limit() -> u64 {
         }
     }
     limit.current.unwrap_or(u64::MAX)
+}
+
+/// Makes this process's descriptor table large enough for so many more descriptors, as far as its limit goes.
+///
+/// The kernel doubles a table that is full, and each time waits for all readers of RCU where threads share it (`expand_fdtable` of Linux), 8 to
+/// 16 ms: in a freeze that was 40 ms for 1,000 descriptors, 50 for 10,000. It never makes one smaller.
+pub fn make_room(more: u64) {
+    let highest = |fd: &OwnedFd| -> io::Result<u64> {
+        let names = rustix::fs::Dir::read_from(fd)?;
+        let numbers = names.filter_map(|e| e.ok()?.file_name().to_str().ok()?.parse().ok());
+        Ok(numbers.max().unwrap_or(0))
+    };
+    let grow = || -> io::Result<()> {
+        let fd: OwnedFd = std::fs::File::open("/proc/self/fd")?.into();
+        let last = (highest(&fd)? + more).min(raise_limit().saturating_sub(1));
+        let last = i32::try_from(last).map_err(io::Error::other)?;
+        rustix::io::fcntl_dupfd_cloexec(&fd, last)?;
+        Ok(())
+    };
+    // Without, it only takes longer later.
+    if let Err(error) = grow() {
+        tracing::debug!(%error, more, "no room for descriptors ahead");
+    }
 }
 
 /// Rebuilds every description.

@@ -202,7 +202,13 @@ asyncio.run(main())
     signal(nix::sys::signal::Signal::SIGSTOP);
     let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
     let source = Source { pid, inner_pid: 7 };
-    let tables = crate::dump::fds::dump(&[source], &mut objects, Mode::Frozen, &mut blockers);
+    let tables = crate::dump::fds::dump(
+        &[source],
+        &mut objects,
+        Mode::Frozen,
+        &mut crate::dump::fds::Order::default(),
+        &mut blockers,
+    );
     signal(nix::sys::signal::Signal::SIGKILL);
     child.wait().unwrap();
     let tables = tables.unwrap();

@@ -9,7 +9,7 @@ use super::*;
 use crate::{
     dump::{
         fds::{
-            Mode, Source, Tables, dump_selected,
+            Mode, Order, Source, Tables, dump_selected,
             tests::{hung_up, settle},
         },
         objects::ObjectTable,
@@ -34,7 +34,10 @@ fn dumped(fds: &[RawFd]) -> (Tables, ObjectTable) {
     let pid = std::process::id() as i32;
     let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
     let source = Source { pid, inner_pid: pid };
-    let tables = dump_selected(&[source], &mut objects, Mode::Frozen, &mut blockers, &|fd| fds.contains(&fd)).unwrap();
+    let tables = dump_selected(&[source], &mut objects, Mode::Frozen, &mut Order::default(), &mut blockers, &|fd| {
+        fds.contains(&fd)
+    })
+    .unwrap();
     assert!(blockers.is_empty(), "{blockers:?}");
     (tables, objects)
 }
@@ -96,4 +99,16 @@ fn copies(fds: &[RawFd]) -> (Tables, Vec<OwnedFd>) {
 fn copy(fd: RawFd) -> (Tables, OwnedFd) {
     let (t, mut fds) = copies(&[fd]);
     (t, fds.remove(0))
+}
+
+#[test]
+fn room_is_made_ahead() {
+    let size = || -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix("FDSize:")).unwrap();
+        line.trim().parse().unwrap()
+    };
+    let more = (size() + 100).min(super::raise_limit() - 1);
+    super::make_room(more);
+    assert!(size() > more, "{} and {more}", size());
 }
