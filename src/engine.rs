@@ -1,7 +1,9 @@
 //! What the command line asks of the engine: the only file that calls it, apart from the types of its reports.
 
 use migrate_engine::{
-    check, checkpoint as images, destination, dump,
+    check, checkpoint as images, destination,
+    door::Door,
+    dump,
     journal::{Entry, Journal, Side, Stage},
     lazy,
     report::{Event, Events, Failure, Report, SendOptions, Stdio},
@@ -644,6 +646,8 @@ pub async fn recover(state_dir: &Path, id: &str, abort: bool, events: Events, ca
             )
         }
         Some(Message::Running(r)) => {
+            let door = Door::unknown(alive.clone());
+            let _ = tokio::task::spawn_blocking(move || door.shut()).await;
             signal(SIGKILL);
             done(
                 journal,

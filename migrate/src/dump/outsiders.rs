@@ -28,7 +28,7 @@ pub fn blockers(dumped: &Dumped) -> Vec<Blocker> {
         }
     }
     let mut found = Vec::new();
-    for (pid, object) in sharers(&dumped.pids, &keys) {
+    for (pid, object) in sharers(&dumped.pids, &keys, true) {
         let what = match &dumped.tree.objects[object].kind {
             ObjectKind::Memfd(name) => format!("memfd {:?}", String::from_utf8_lossy(name)),
             _ => "shared anonymous memory".to_string(),
@@ -45,18 +45,18 @@ pub fn blockers(dumped: &Dumped) -> Vec<Blocker> {
     found
 }
 
-/// Of these sockets and the like of a tree, each once, those that nobody outside it has. Agents do not count.
+/// Of these sockets of a tree, each once, those that nobody outside it has. Agents do not count.
 pub fn only_here(tree: &[i32], fds: Vec<OwnedFd>) -> Vec<OwnedFd> {
     // Several processes of the tree may have the same one.
     let by_inode = fds.into_iter().filter_map(|fd| fstat(&fd).ok().map(|m| ((m.st_dev, m.st_ino), fd)));
     let (keys, fds): (Vec<Key>, Vec<OwnedFd>) = by_inode.collect::<HashMap<_, _>>().into_iter().unzip();
-    let others = sharers(tree, &keys.into_iter().zip(0..).collect());
+    let others = sharers(tree, &keys.into_iter().zip(0..).collect(), false);
     let here = fds.into_iter().enumerate().filter(|(i, _)| !others.iter().any(|o| o.1 == *i));
     here.map(|(_, fd)| fd).collect()
 }
 
-/// Processes outside the tree with one of these objects, and each that they have. Agents do not count: they look at objects.
-fn sharers(tree: &[i32], keys: &HashMap<Key, usize>) -> Vec<(i32, usize)> {
+/// Processes outside the tree with one of these objects, and each that they have. Agents do not count: they look at objects. `mapped`: they may be mapped.
+fn sharers(tree: &[i32], keys: &HashMap<Key, usize>, mapped: bool) -> Vec<(i32, usize)> {
     if keys.is_empty() {
         return Vec::new();
     }
@@ -65,7 +65,11 @@ fn sharers(tree: &[i32], keys: &HashMap<Key, usize>) -> Vec<(i32, usize)> {
     let mut found = Vec::new();
     for pid in list.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok()) {
         let agent = || fs::metadata(procfs::path(pid, "exe")).map(|m| (m.dev(), m.ino())).ok() == me;
-        let objects = has(pid, keys);
+        // Its tables may be long.
+        if descends(pid, tree) {
+            continue;
+        }
+        let objects = has(pid, keys, mapped);
         // A child of the tree's that has ended meanwhile, or whose parent has, looks like nobody's: once more, and it has to be there still.
         let outside = || !descends(pid, tree) && procfs::stat::read(pid).is_ok();
         if !objects.is_empty() && !agent() && outside() && outside() {
@@ -91,8 +95,12 @@ fn descends(mut pid: i32, tree: &[i32]) -> bool {
 }
 
 /// In a mapping, which the kernel lists with the inode, or behind a descriptor. A process that ends meanwhile has none.
-fn has(pid: i32, keys: &HashMap<Key, usize>) -> BTreeSet<usize> {
-    let maps = procfs::read(pid, "maps").unwrap_or_default();
+fn has(pid: i32, keys: &HashMap<Key, usize>, mapped: bool) -> BTreeSet<usize> {
+    let maps = if mapped {
+        procfs::read(pid, "maps").unwrap_or_default()
+    } else {
+        Vec::new()
+    };
     let mapped = maps.split(|b| *b == b'\n').filter_map(|line| keys.get(&inode(line)?));
     let fds = fs::read_dir(procfs::path(pid, "fd")).into_iter().flatten().flatten();
     let open = fds.filter_map(|fd| {
@@ -142,15 +150,15 @@ mod tests {
         while !fs::read_link(procfs::path(pid, "exe")).is_ok_and(|e| e != fs::read_link("/proc/self/exe").unwrap()) {
             std::thread::yield_now();
         }
-        assert_eq!(has(pid, &keys), BTreeSet::from([0]), "descriptor {}", fd.as_raw_fd());
+        assert_eq!(has(pid, &keys, true), BTreeSet::from([0]), "descriptor {}", fd.as_raw_fd());
         assert_eq!(
-            sharers(&[1], &keys).iter().filter(|s| s.0 == pid).count(),
+            sharers(&[1], &keys, true).iter().filter(|s| s.0 == pid).count(),
             usize::from(!descends(pid, &[1]))
         );
         let me = std::process::id() as i32;
-        assert!(sharers(&[me], &keys).is_empty(), "a child of the tree");
-        assert!(sharers(&[pid], &keys).is_empty(), "the tree itself");
-        assert_eq!(sharers(&[pid + 1_000_000], &keys), [(pid, 0)]);
+        assert!(sharers(&[me], &keys, true).is_empty(), "a child of the tree");
+        assert!(sharers(&[pid], &keys, true).is_empty(), "the tree itself");
+        assert_eq!(sharers(&[pid + 1_000_000], &keys, true), [(pid, 0)]);
         sleep.kill().unwrap();
         sleep.wait().unwrap();
     }

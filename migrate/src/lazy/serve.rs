@@ -10,7 +10,7 @@ use super::{
     push::{Left, PIECE},
 };
 use crate::{
-    door,
+    door::Door,
     dump::pages::{self, Batch, Reader, SpacePlan},
     image::PAGE,
     pages::PageSet,
@@ -46,8 +46,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// The frozen originals' memory, by the names of their address spaces.
 #[derive(Debug, Default)]
 pub struct Originals {
-    /// The processes.
-    pub pids: Vec<i32>,
+    /// Where clients come to them.
+    pub door: Door,
     /// What reads each of them.
     pub readers: HashMap<u32, Reader>,
     /// What may be missing of each of them.
@@ -58,7 +58,7 @@ impl Originals {
     /// Of stopped processes: (name of the address space, pid), and of shared memory: (its name, a process that maps it, where).
     pub fn open(pids: Vec<i32>, spaces: &[(u32, i32)], objects: &[(u32, i32, u64, u64)]) -> io::Result<Originals> {
         let mut o = Originals {
-            pids,
+            door: Door::unknown(pids),
             ..Originals::default()
         };
         for (space, pid) in spaces {
@@ -321,8 +321,8 @@ impl<C: Connector> Drain<'_, C> {
     /// Serves until the destination says that nothing is missing. `links`: the first two connections, when they are there; all
     /// that may be missing is missing then.
     pub async fn run(&self, originals: Originals, links: Option<(C::Link, Faults<C::Link>)>) -> Result<Served<C::Link>, ServeError> {
-        let pids = originals.pids.clone();
-        let door = tokio::task::spawn_blocking(move || door::shut(&pids));
+        let door = originals.door.clone();
+        let door = tokio::task::spawn_blocking(move || door.shut());
         let _door = AbortOnDropHandle::new(door);
         let originals = Arc::new(originals);
         let mut first = links.map(|(bulk, faults)| Again::Links(bulk, faults, originals.all()));

@@ -3,6 +3,7 @@
 use super::{interrupted, inventory, rounds::Rounds};
 use crate::{
     blocker::Blocker,
+    door::Door,
     dump::{self, mm::Cache, pages, tree::DumpError},
     image::{Backing, Host, Tree, Vma},
     inject::{InjectError, Injector},
@@ -397,6 +398,11 @@ impl Snapshot {
         self.later.iter().filter_map(|p| mapped(p.space)).collect()
     }
 
+    /// Where clients come to it.
+    pub fn door(&self) -> Door {
+        Door::of(&self.tree, &self.pids)
+    }
+
     /// What reads the pages that follow.
     pub fn originals(&self) -> io::Result<Originals> {
         let readers = self.later.iter().map(|p| Ok((p.space, open_reader(p.space, self)?)));
@@ -405,7 +411,7 @@ impl Snapshot {
             ranges.entry(plan.space).or_default().extend(&plan.ranges);
         }
         Ok(Originals {
-            pids: self.pids.clone(),
+            door: self.door(),
             readers: readers.collect::<io::Result<_>>()?,
             may_follow: ranges.into_iter().map(|(space, r)| (space, PageSet::from_ranges(r))).collect(),
         })

@@ -15,7 +15,6 @@ pub mod shared;
 mod transfer;
 
 use crate::{
-    door,
     dump::{self, mm::Cache, tree::Dumped},
     journal::{self, Entry, Journal, Side, Stage},
     lazy::serve::{self, Refusal, ServeError},
@@ -511,8 +510,8 @@ pub async fn send<C: Connector>(
         thaw(&tracer).await;
     } else {
         if late.is_none() {
-            let pids = snap.pids.clone();
-            let _ = tokio::task::spawn_blocking(move || door::shut(&pids)).await;
+            let door = snap.door();
+            let _ = tokio::task::spawn_blocking(move || door.shut()).await;
             steps::reached("shut the listeners");
         }
         kill(&tracer).await;
