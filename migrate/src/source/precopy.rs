@@ -113,13 +113,22 @@ impl Job<'_> {
                 }
                 Err(blockers) => {
                     self.awake = None;
+                    if let Some(b) = blockers.iter().find(|b| b.transient) {
+                        (self.events)(Event::Note {
+                            text: format!("the freeze is tried again ({}: {})", b.place, b.reason),
+                        });
+                    }
                     retry.pause(blockers, self.cancel).await?;
                 }
             }
             // What was written while waiting for a better moment would lengthen the freeze.
             if let Some(t) = tracked {
                 let p = self.look(t).await?;
-                self.round(link, t, p).await?;
+                if self.follows(p.dirty) {
+                    self.leave(link, t, &p).await?;
+                } else {
+                    self.round(link, t, p).await?;
+                }
             }
         }
     }
@@ -179,10 +188,18 @@ impl Job<'_> {
                 }
             }
         }
-        // What the last look found is owed: the freeze sends it, or what follows.
-        let dirty = prepared.dirty;
-        self.tracks(tracked)?.unsent(&prepared);
-        if self.options.mode == Mode::Hybrid && dirty > self.budget() {
+        self.leave(link, tracked, &prepared).await
+    }
+
+    /// This much is left for after the resume rather than sent before it.
+    fn follows(&self, dirty: u64) -> bool {
+        self.options.mode == Mode::Hybrid && dirty > self.budget()
+    }
+
+    /// Does not send what a look found: it is owed, and the freeze sends it, or what follows.
+    async fn leave<L: Link>(&mut self, link: &mut L, tracked: &Shared, p: &Prepared) -> Result<(), Failure> {
+        self.tracks(tracked)?.unsent(p);
+        if self.follows(p.dirty) {
             self.let_go(link, tracked).await?;
         }
         Ok(())
