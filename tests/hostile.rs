@@ -110,7 +110,7 @@ impl Fake {
             let m = wire::recv(&mut link).await.ok()?;
             let bytes = match &m {
                 Message::Round(r) => r.bytes,
-                Message::State(s) => s.bytes,
+                Message::Memory(m) => m.bytes,
                 _ => 0,
             };
             let (name, said) = (m.name(), Said::Message(m.clone()));
@@ -141,7 +141,7 @@ impl Fake {
                     missed: Vec::new(),
                     shape_ms: 1.0,
                 }),
-                Message::State(_) => continue,
+                Message::State(_) | Message::Memory(_) => continue,
                 Message::Attach(_) => Message::Attached(Attached {
                     missing: Vec::new(),
                     again: false,
@@ -442,6 +442,7 @@ fn kind(m: &Message) -> u16 {
         Message::State(_) => 4,
         Message::Handover(_) => 5,
         Message::Round(_) => 11,
+        Message::Memory(_) => 18,
         _ => 8,
     }
 }
@@ -507,13 +508,16 @@ fn outrageous(m: &Message, numbers: &mut Numbers) -> Message {
                 }
             }
         },
-        Message::State(s) => match numbers.below(20) {
-            15 => s.bytes = 1 << 60,
-            16 => s.drops = (0..4).map(|o| (OBJECT_SPACE + o, PAGE - 1, u64::MAX)).collect(),
-            17 => s.later = vec![Ranges::pack(OBJECT_SPACE, &everything), Ranges::pack(0, &everything)],
-            18 => s.later = (0..3).map(|_| Ranges::pack(0, &[(0x1000, 0x2000)])).collect(),
-            19 => s.guards = vec![vec![(0, u64::MAX)]; 3],
+        Message::State(s) => match numbers.below(16) {
+            15 => s.expected = [0, 1 << 60][numbers.below(2)],
             which => twist(&mut s.tree, which),
+        },
+        Message::Memory(s) => match numbers.below(5) {
+            0 => s.bytes = 1 << 60,
+            1 => s.drops = (0..4).map(|o| (OBJECT_SPACE + o, PAGE - 1, u64::MAX)).collect(),
+            2 => s.later = vec![Ranges::pack(OBJECT_SPACE, &everything), Ranges::pack(0, &everything)],
+            3 => s.later = (0..3).map(|_| Ranges::pack(0, &[(0x1000, 0x2000)])).collect(),
+            _ => s.guards = vec![vec![(0, u64::MAX)]; 3],
         },
         Message::Handover(h) => h.pages += 1,
         _ => {}

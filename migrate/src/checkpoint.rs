@@ -16,12 +16,12 @@ use crate::{
     report::{Downtime, Event, Events, Failure, Report, Round, Stdio},
     restore::{
         fds::StdioFds,
-        rebuild::{Pids, Rebuild, Setting},
+        rebuild::{Names, Pids, Rebuild, Setting},
     },
     source::{self, freeze::Snapshot},
     sys::misc,
     tracer::Tracer,
-    wire::State,
+    wire::Ranges,
 };
 use bytes::Bytes;
 use migrate_transport::{PageFrame, Run};
@@ -229,6 +229,24 @@ fn next_name(dir: &Path) -> Result<String, Failure> {
     Err(fail("preflight", 0, "too many checkpoints"))
 }
 
+/// What an image has of a tree beside its pages. Always empty: `drops`, `later`, `narrowed`, `verify`, which belonged to the message that was sent like this when
+/// the format was made.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Saved {
+    /// The frozen tree.
+    pub tree: Tree,
+    /// What its address spaces and objects are called in page runs.
+    pub names: Names,
+    drops: Vec<(u32, u64, u64)>,
+    /// Guard regions by address space.
+    pub guards: Vec<Vec<(u64, u64)>>,
+    /// Bytes of pages that follow.
+    pub bytes: u64,
+    later: Vec<Ranges>,
+    narrowed: bool,
+    verify: bool,
+}
+
 type ParentIndex = HashMap<(u32, u64), [u8; 16]>;
 
 fn page_hash(page: &[u8]) -> [u8; 16] {
@@ -270,7 +288,7 @@ fn write(
     out.write_all(&VERSION.to_le_bytes())?;
     out.write_all(&(header.len() as u32).to_le_bytes())?;
     out.write_all(&header)?;
-    let state = State {
+    let state = Saved {
         tree: snap.tree.clone(),
         names: snap.names.clone(),
         drops: Vec::new(),
@@ -447,7 +465,7 @@ impl Image {
     }
 
     /// The state; the frames follow.
-    pub fn state(&mut self) -> Result<State, Failure> {
+    pub fn state(&mut self) -> Result<Saved, Failure> {
         self.file.seek(SeekFrom::Start(self.body)).map_err(|e| self.refuse(e))?;
         let mut len = [0; 8];
         self.file.read_exact(&mut len).map_err(|_| self.refuse("the image is truncated"))?;
@@ -457,7 +475,7 @@ impl Image {
         }
         let mut b = vec![0; len as usize];
         self.file.read_exact(&mut b).map_err(|_| self.refuse("the image is truncated"))?;
-        let state: State = codec::decode(&b).map_err(|e| self.refuse(format!("the image is damaged: {e}")))?;
+        let state: Saved = codec::decode(&b).map_err(|e| self.refuse(format!("the image is damaged: {e}")))?;
         state
             .tree
             .validate()
@@ -618,7 +636,7 @@ pub fn restore(options: &RestoreOptions, events: &Events, cancel: &CancellationT
     events(Event::Phase { phase: "verify" });
     let mut image = Image::open(&options.dir, &name)?;
     image.verify()?;
-    let State {
+    let Saved {
         tree,
         names,
         guards,

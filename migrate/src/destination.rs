@@ -30,7 +30,7 @@ use crate::{
     sys::{awake::Awake, misc, priority::Background},
     tracer::Tracer,
     track,
-    wire::{self, Accept, Applied, Attach, Attached, Channel, Goodbye, Message, Ranges, RoundStart, Running, State, WireError},
+    wire::{self, Accept, Applied, Attach, Attached, Channel, Goodbye, Memory, Message, Ranges, RoundStart, Running, State, WireError},
 };
 use migrate_transport::{Link, PageFrame, PageReceiver};
 use std::{
@@ -39,7 +39,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
 /// How a served connection ended.
@@ -489,6 +489,28 @@ struct Copy {
     entry: Entry,
 }
 
+impl Copy {
+    /// Notes the processes in the journal, and opens the way for pages.
+    fn settle(&mut self) -> Result<Sink, String> {
+        let now = journal::identify(self.rebuild.pids());
+        let sink = self.rebuild.sink().map_err(|e| format!("cannot reach the copy's memory: {e}"));
+        if now != self.entry.processes {
+            self.entry.processes = now;
+            let noted = self.journal.update(&self.entry);
+            noted.map_err(|e| format!("cannot write the journal: {e}"))?;
+        }
+        sink
+    }
+}
+
+/// What following came to.
+enum Followed<F> {
+    /// It has the new shape, and what came next was done; or something failed.
+    There(Copy, Result<(), String>),
+    /// It has to be built anew, and this is still to be done then.
+    Anew(Copy, String, F),
+}
+
 /// Where it is built.
 struct Site<'a> {
     tracer: &'a Tracer,
@@ -507,42 +529,77 @@ struct Site<'a> {
 
 impl Site<'_> {
     /// Gives the copy this shape: the first time from nothing, later by following; anew when that is not possible, which the source knows too.
-    /// `later`: pages are going to be missing in this shape.
-    async fn shape(&mut self, tree: Tree, names: Names, drops: Vec<(u32, u64, u64)>, later: bool) -> Result<Sink, String> {
+    async fn shape(&mut self, tree: Tree, names: Names, drops: Vec<(u32, u64, u64)>) -> Result<Sink, String> {
+        let (open, way) = oneshot::channel();
+        self.shape_and(tree, names, drops, open, |_| Ok(())).await?;
+        way.await.map_err(|_| "internal error: no way for pages".into())
+    }
+
+    /// The same, and what comes next, in one go on the thread that owns the copy: each time that it is waited for costs two wakes of a thread, a tenth of a
+    /// millisecond. `open` gets the way for pages as soon as there is one.
+    async fn shape_and(
+        &mut self,
+        tree: Tree,
+        names: Names,
+        drops: Vec<(u32, u64, u64)>,
+        open: oneshot::Sender<Sink>,
+        next: impl FnOnce(&mut Rebuild) -> Result<(), String> + Send + 'static,
+    ) -> Result<(), String> {
         tree.validate().map_err(|e| format!("the source sent a tree that is none: {e}"))?;
         if tree.processes.is_empty() || !names.fit(&tree) {
             return Err("the source sent a tree that is none: it is empty, or its names do not fit".into());
         }
-        let mut laps = Laps::start();
         let lazy = self.lazy;
+        let on = move |c: &mut Copy| {
+            let sink = c.settle()?;
+            // Nobody waits for it when the migration was given up.
+            let _ = open.send(sink);
+            next(&mut c.rebuild)
+        };
         if let Some(mut c) = self.copy.take() {
             let (t, n) = (tree.clone(), names.clone());
-            let (followed, c) = self
-                .tracer
-                .call(move || {
-                    let followed = c.rebuild.follow(t, n, &drops, later);
-                    let followed = followed.and_then(|()| if lazy { Ok(c.rebuild.userfaults()?) } else { Ok(()) });
-                    (followed, c)
-                })
-                .await
-                .map_err(|e| e.to_string())?;
-            match followed {
-                Ok(()) => {
-                    laps.lap("follow");
-                    let r = self.settle(c).await;
-                    laps.lap("settle");
-                    laps.log("shape");
-                    return r;
+            let follow = move || {
+                let mut laps = Laps::start();
+                let followed = c.rebuild.follow(t, n, &drops);
+                let followed = followed.and_then(|()| if lazy { Ok(c.rebuild.userfaults()?) } else { Ok(()) });
+                laps.lap("follow");
+                match followed {
+                    Ok(()) => {
+                        let r = on(&mut c);
+                        laps.lap("settle, and what comes next");
+                        laps.log("shape");
+                        Followed::There(c, r)
+                    }
+                    Err(FollowError::Anew(why)) => Followed::Anew(c, why, on),
+                    Err(FollowError::Failed(e)) => Followed::There(c, Err(e.to_string())),
                 }
-                Err(FollowError::Anew(why)) => {
+            };
+            match self.tracer.call(follow).await.map_err(|e| e.to_string())? {
+                Followed::There(c, r) => {
+                    self.copy = Some(c);
+                    r
+                }
+                Followed::Anew(c, why, on) => {
                     tracing::debug!(why, "the skeleton is built anew");
                     let Copy { rebuild, journal, .. } = c;
                     self.tracer.call(move || drop(rebuild)).await.map_err(|e| e.to_string())?;
                     journal.remove().map_err(|e| e.to_string())?;
+                    self.build(tree, names, on).await
                 }
-                Err(FollowError::Failed(e)) => return Err(e.to_string()),
             }
+        } else {
+            self.build(tree, names, on).await
         }
+    }
+
+    /// Builds it from nothing.
+    async fn build(
+        &mut self,
+        tree: Tree,
+        names: Names,
+        on: impl FnOnce(&mut Copy) -> Result<(), String> + Send + 'static,
+    ) -> Result<(), String> {
+        let lazy = self.lazy;
         let entry = Entry {
             id: self.id.to_owned(),
             side: Side::Destination,
@@ -577,9 +634,6 @@ impl Site<'_> {
                     },
                 )
                 .map_err(|e| e.to_string())?;
-                if later {
-                    r.no_huge_pages().map_err(|e| e.to_string())?;
-                }
                 if lazy {
                     r.userfaults().map_err(|e| e.to_string())?;
                 }
@@ -587,35 +641,26 @@ impl Site<'_> {
             })
             .await
             .map_err(|e| e.to_string())?;
-        let rebuild = match built {
-            Ok(r) => r,
+        match built {
+            Ok(rebuild) => {
+                self.copy = Some(Copy { rebuild, journal, entry });
+                self.with_copy(on).await?
+            }
             Err(e) => {
                 let _ = journal.remove();
-                return Err(e);
+                Err(e)
             }
-        };
-        self.settle(Copy { rebuild, journal, entry }).await
-    }
-
-    /// Notes the processes in the journal, and opens the way for pages.
-    async fn settle(&mut self, mut c: Copy) -> Result<Sink, String> {
-        let now = journal::identify(c.rebuild.pids());
-        let sink = c.rebuild.sink().map_err(|e| format!("cannot reach the copy's memory: {e}"));
-        let noted = if now == c.entry.processes {
-            Ok(())
-        } else {
-            c.entry.processes = now;
-            c.journal.update(&c.entry)
-        };
-        self.copy = Some(c);
-        noted.map_err(|e| format!("cannot write the journal: {e}"))?;
-        sink
+        }
     }
 
     /// Runs a closure with the copy on the thread that owns it.
     async fn with<R: Send + 'static>(&mut self, f: impl FnOnce(&mut Rebuild) -> R + Send + 'static) -> Result<R, String> {
+        self.with_copy(move |c| f(&mut c.rebuild)).await
+    }
+
+    async fn with_copy<R: Send + 'static>(&mut self, f: impl FnOnce(&mut Copy) -> R + Send + 'static) -> Result<R, String> {
         let mut c = self.copy.take().ok_or("nothing was built yet")?;
-        let (r, c) = self.tracer.call(move || (f(&mut c.rebuild), c)).await.map_err(|e| e.to_string())?;
+        let (r, c) = self.tracer.call(move || (f(&mut c), c)).await.map_err(|e| e.to_string())?;
         self.copy = Some(c);
         Ok(r)
     }
@@ -665,7 +710,7 @@ async fn rounds_and_state<L: Link>(
             (None, Some(t)) => t.clone(),
             (None, None) => return Err("the source's first round has no tree".into()),
         };
-        let sink = site.shape(tree, names, drops, false).await?;
+        let sink = site.shape(tree, names, drops).await?;
         if !expect.is_empty() {
             site.with(move |c| c.expect(&expect).map_err(|e| e.to_string())).await??;
         }
@@ -699,37 +744,76 @@ async fn last<L: Link>(
     let State {
         tree,
         names,
+        expected,
+        verify,
+    } = state;
+    // Memory that is locked can no longer be dropped, and is full: what it has comes first.
+    let locked = tree
+        .mms
+        .iter()
+        .flat_map(|m| &m.vmas)
+        .any(|v| v.flags.locked || v.flags.lock_on_fault);
+    let mut laps = Laps::start();
+    let number = rounds.len() as u32 + 1;
+    let mut stdio = Some(stdio);
+    let (memory, sink, mut round) = if let Some(stdio) = stdio.take_if(|_| expected <= MEANWHILE && !locked) {
+        let (open, way) = oneshot::channel();
+        let coming = async {
+            let m = memory(link).await?;
+            // Without a way something failed, which is what is told.
+            let sink = way.await.map_err(|_| String::new())?;
+            if m.drops.is_empty() && m.later.is_empty() && m.bytes <= MEANWHILE {
+                let round = pages(link, sink, number, m.bytes, events).await?.0;
+                return Ok((m, None, Some(round)));
+            }
+            Ok::<_, String>((m, Some(sink), None))
+        };
+        let prepare = move |c: &mut Rebuild| c.prepare(&stdio, &[]).map_err(|e| e.to_string());
+        let (came, prepared) = tokio::join!(coming, site.shape_and(tree, names, Vec::new(), open, prepare));
+        prepared?;
+        came?
+    } else {
+        let sink = site.shape(tree, names, Vec::new()).await?;
+        (memory(link).await?, Some(sink), None)
+    };
+    laps.lap("state");
+    let Memory {
         drops,
         guards,
         bytes,
         later,
         narrowed,
-        verify,
-    } = state;
-    if !later.is_empty() && site.keeper.is_none() {
+    } = memory;
+    let lazy = !later.is_empty();
+    if lazy && site.keeper.is_none() {
         return Err("the source wants pages to follow that it had not announced".into());
     }
-    let mut laps = Laps::start();
-    let sink = site.shape(tree, names, drops, !later.is_empty()).await?;
-    laps.lap("shape");
-    let number = rounds.len() as u32 + 1;
+    if lazy || !drops.is_empty() {
+        site.with(move |c| c.make_way(&drops, lazy).map_err(|e| e.to_string())).await??;
+        laps.lap("make way");
+    }
     let complete = move |c: &mut Rebuild| {
-        let done = if narrowed {
-            c.prepare(&stdio, &guards)
-        } else {
-            c.complete(&stdio, &guards)
+        let prepared = match stdio {
+            Some(stdio) => c.prepare(&stdio, &guards),
+            None => c.guard(&guards),
         };
-        done.map_err(|e| e.to_string())
+        prepared
+            .and_then(|()| if narrowed { Ok(()) } else { c.contexts(&[]) })
+            .map_err(|e| e.to_string())
     };
-    let round = if bytes <= MEANWHILE {
-        let (arrived, built) = tokio::join!(pages(link, sink, number, bytes, events), site.with(complete));
-        built??;
-        arrived?.0
-    } else {
-        let (round, _) = pages(link, sink, number, bytes, events).await?;
-        site.with(complete).await??;
-        round
-    };
+    match sink {
+        Some(sink) if bytes <= MEANWHILE => {
+            let (arrived, built) = tokio::join!(pages(link, sink, number, bytes, events), site.with(complete));
+            built??;
+            round = Some(arrived?.0);
+        }
+        Some(sink) => {
+            round = Some(pages(link, sink, number, bytes, events).await?.0);
+            site.with(complete).await??;
+        }
+        None => site.with(complete).await??,
+    }
+    let round = round.unwrap_or_default();
     rounds.push(round);
     let own_hashes = if verify {
         let later = later.clone();
@@ -800,6 +884,14 @@ async fn last<L: Link>(
     laps.lap("keeper");
     laps.log("restore");
     Ok((arrived, keeper))
+}
+
+/// What is to come of the frozen tree's memory.
+async fn memory<L: Link>(link: &mut L) -> Result<Memory, String> {
+    match wire::recv(link).await.map_err(|e| e.to_string())? {
+        Message::Memory(m) => Ok(*m),
+        other => Err(format!("the source sent {} instead of what is to come of its memory", other.name())),
+    }
 }
 
 /// Of the pages announced, those that have content.

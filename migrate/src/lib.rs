@@ -6,9 +6,11 @@
 //!    |------------------- Inventory -------------------------->|  preflight::tree: every blocker named, nothing created
 //!    |<------------------ Accept | Refuse ---------------------|
 //!  freeze      tracer::Frozen, inject, dump::tree::frozen      |
-//!    |------------------- State ------------------------------>|  restore::rebuild: processes, threads, mappings (pilots)
+//!    |------------------- State ------------------------------>|  restore::rebuild: processes, mappings, descriptors, threads (pilots)
+//!  last look   track::ahead, source::rounds                    |
+//!    |------------------- Memory ----------------------------->|
 //!    |=================== pages ==============================>|  restore::sink: straight into the copy's memory
-//!    |------------------- Handover --------------------------->|  descriptors, state; then one store releases every task
+//!    |------------------- Handover --------------------------->|  then one store releases every task
 //!    |<------------------ Running | Aborted -------------------|
 //!  kill the originals, or thaw                                 |
 //! ```

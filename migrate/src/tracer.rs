@@ -21,9 +21,11 @@ use crate::{
     vacate,
 };
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     io,
     marker::PhantomData,
+    rc::Rc,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -107,6 +109,8 @@ pub struct Frozen {
     pub procs: Vec<Proc>,
     /// When the first task was asked to stop.
     pub since: Instant,
+    /// A task has run for a moment since the stop, to take a signal.
+    pub has_run: Rc<Cell<bool>>,
     /// SIGSTOP was sent, so that the tree outlives the agent's death stopped.
     held: Arc<AtomicBool>,
     _thread: PhantomData<*const ()>,
@@ -162,6 +166,7 @@ impl Frozen {
         let mut f = Frozen {
             procs: Vec::new(),
             since: Instant::now(),
+            has_run: Rc::default(),
             held: Arc::default(),
             _thread: PhantomData,
         };
@@ -386,6 +391,7 @@ impl Frozen {
         Frozen {
             procs: Vec::new(),
             since: Instant::now(),
+            has_run: Rc::default(),
             held: Arc::default(),
             _thread: PhantomData,
         }
@@ -410,6 +416,7 @@ impl Frozen {
             .filter_map(|tasks| tasks.iter().position(|t| t.tid == tid).map(|at| (tasks, at)))
             .next();
         let (tasks, at) = found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("task {tid} is not part of the tree")))?;
+        self.has_run.set(true);
         let stopped = taken(tid, &tasks[at].regs, signal);
         match &stopped {
             Ok(regs) => tasks[at].regs = *regs,

@@ -7,8 +7,9 @@
 //!   Round      ------------------>            pre-copy, as often as the planner likes: the shape of the running tree
 //!   pages      ==================>            on a stream of their own
 //!              <------------------ Applied    all of it is in the skeleton's memory
-//!   State      ------------------>            frozen: everything but the pages
-//!   pages      ==================>            what is left
+//!   State      ------------------>            frozen: everything but the memory, of which the source finds out meanwhile what was written last
+//!   Memory     ------------------>            what of it is still to come
+//!   pages      ==================>
 //!   Handover   ------------------>            from here the destination decides
 //!              <------------------ Running | Aborted
 //!   pages      ==================>            the drain: what follows, on streams of this and of a second connection
@@ -28,6 +29,7 @@ use crate::{
     restore::rebuild::Names,
     steps,
 };
+use bytes::Bytes;
 use migrate_transport::{Link, LinkError, Section};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -41,7 +43,7 @@ const GOODBYE: Duration = Duration::from_secs(45);
 const GOODBYE_CANCELLED: Duration = Duration::from_secs(5);
 
 /// Revision of every message here.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// A message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -52,7 +54,7 @@ pub enum Message {
     Accept(Accept),
     /// It cannot.
     Refuse(Vec<Blocker>),
-    /// The frozen tree.
+    /// The frozen tree, without its memory.
     State(Box<State>),
     /// Everything was sent; the destination decides from here on.
     Handover(Handover),
@@ -80,6 +82,8 @@ pub enum Message {
     Credit(u64),
     /// Nothing is missing any more.
     Drained(Box<Stats>),
+    /// What is to come of the frozen tree's memory; its pages follow.
+    Memory(Box<Memory>),
 }
 
 /// What a connection is for.
@@ -214,13 +218,23 @@ pub struct Applied {
     pub shape_ms: f64,
 }
 
-/// The frozen tree.
+/// The frozen tree. Sent as soon as it was read, before the last look at its memory: building the copy and that look go on beside each other.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
-    /// Everything but pages.
+    /// Everything but what is in its memory.
     pub tree: Tree,
     /// What its address spaces and objects are called in page runs.
     pub names: Names,
+    /// Bytes of pages that are going to be sent within the freeze, as far as the source can tell: when they are many the copy's timers are better not set
+    /// before they have come.
+    pub expected: u64,
+    /// Hashes of all pages come with the handover.
+    pub verify: bool,
+}
+
+/// What is to come of the frozen tree's memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Memory {
     /// Memory to be made untouched again before the pages are written: (space or object, start, end).
     pub drops: Vec<(u32, u64, u64)>,
     /// Guard regions by address space.
@@ -231,8 +245,6 @@ pub struct State {
     pub later: Vec<Ranges>,
     /// Not each of them has content, and there may be guard regions among them: the handover says which.
     pub narrowed: bool,
-    /// Hashes of all pages but those come with the handover.
-    pub verify: bool,
 }
 
 /// The end of what the source sends.
@@ -283,6 +295,7 @@ impl Message {
             Message::Fault(_) => 15,
             Message::Credit(_) => 16,
             Message::Drained(_) => 17,
+            Message::Memory(_) => 18,
         }
     }
 
@@ -307,6 +320,7 @@ impl Message {
             "Fault",
             "Credit",
             "Drained",
+            "Memory",
         ][self.kind() as usize]
     }
 }
@@ -333,10 +347,35 @@ impl WireError {
 const PART: u16 = 100;
 const PART_LEN: usize = 8 << 20;
 
+/// A message as it is sent.
+#[derive(Debug)]
+pub struct Encoded {
+    kind: u16,
+    name: &'static str,
+    payload: Bytes,
+}
+
+impl Encoded {
+    /// Of this message.
+    pub fn of(m: &Message) -> Result<Encoded, WireError> {
+        let payload = codec::encode(m).map_err(|e| WireError::Protocol(format!("nothing: {} does not encode: {e}", m.name())))?;
+        Ok(Encoded {
+            kind: m.kind(),
+            name: m.name(),
+            payload,
+        })
+    }
+}
+
 /// Sends a message.
 pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
-    steps::reached(format_args!("before {}", m.name()));
-    let mut payload = codec::encode(m).map_err(|e| WireError::Protocol(format!("nothing: {} does not encode: {e}", m.name())))?;
+    send_encoded(link, Encoded::of(m)?).await
+}
+
+/// The same.
+pub async fn send_encoded<L: Link>(link: &mut L, m: Encoded) -> Result<(), WireError> {
+    let Encoded { kind, name, mut payload } = m;
+    steps::reached(format_args!("before {name}"));
     while payload.len() > PART_LEN {
         link.send(Section {
             kind: PART,
@@ -346,12 +385,12 @@ pub async fn send<L: Link>(link: &mut L, m: &Message) -> Result<(), WireError> {
         .await?;
     }
     link.send(Section {
-        kind: m.kind(),
+        kind,
         version: VERSION,
         payload,
     })
     .await?;
-    steps::reached(format_args!("sent {}", m.name()));
+    steps::reached(format_args!("sent {name}"));
     Ok(())
 }
 
@@ -439,6 +478,14 @@ mod tests {
         assert_eq!(Message::Pending.name(), "Pending");
         assert_eq!(Message::Aborted(String::new()).name(), "Aborted");
         assert_eq!(Message::Drained(Box::default()).name(), "Drained");
+        let memory = Memory {
+            drops: Vec::new(),
+            guards: Vec::new(),
+            bytes: 0,
+            later: Vec::new(),
+            narrowed: false,
+        };
+        assert_eq!(Message::Memory(Box::new(memory)).name(), "Memory");
     }
 
     #[test]

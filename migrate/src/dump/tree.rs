@@ -171,7 +171,7 @@ struct Read {
     states: Vec<Status>,
 }
 
-/// Reads everything of a frozen tree but the pages; `also` is the caller's look at their tables. Signals that arrive in between are delivered and the
+/// Reads everything of a frozen tree but the pages; `also` is the caller's look at their tables, once the rest is known and nothing is in the way. Signals that arrive in between are delivered and the
 /// question is asked again. `injectors` gets what was put into the processes, for a thaw that leaves no trace.
 ///
 /// Asking and reading at once, on two threads, did not pay: on two cores the stub waited for one of them, and 0.3 ms became 1.3 as often as not.
@@ -180,7 +180,7 @@ pub fn frozen<R>(
     injectors: &mut Vec<Option<Injector>>,
     host: Host,
     cache: &mut mm::Cache,
-    also: impl FnOnce(&Dumped) -> R,
+    also: impl FnOnce(&mut Dumped) -> R,
 ) -> Result<Found<R>, DumpError> {
     // One of them may be on its way out of a stub that a dead agent has left, whose code the questions would overwrite under it.
     let inside: Vec<Blocker> = f.procs.iter().filter_map(in_the_vdso).collect();
@@ -189,7 +189,6 @@ pub fn frozen<R>(
     }
     let (inner, read) = ask_all(f, injectors)?.into_iter().unzip();
     let mut d = collect(&f.procs, Some(read), host, fds::Mode::Frozen, cache)?;
-    let also = d.blockers.is_empty().then(|| also(&d));
     fill(&mut d, &f.procs, inner);
     for (p, place) in f.procs.iter().map(|p| (p, place(p.pid))) {
         if !p.is_zombie() && p.tasks[0].tid != p.pid {
@@ -209,6 +208,7 @@ pub fn frozen<R>(
                 .push(Blocker::new(place, "it runs 32-bit code", "32-bit programs cannot move"));
         }
     }
+    let also = d.blockers.is_empty().then(|| also(&mut d));
     Ok(Found { dumped: d, also })
 }
 

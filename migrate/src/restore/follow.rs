@@ -46,9 +46,7 @@ pub type Drops = [(u32, u64, u64)];
 
 impl Rebuild {
     /// Becomes the skeleton of another shape of the tree. After an error it is good for nothing but being dropped.
-    ///
-    /// `lazy`: some of what is dropped will be missing when the copy runs.
-    pub fn follow(&mut self, new: Tree, names: Names, drops: &Drops, lazy: bool) -> Result<(), FollowError> {
+    pub fn follow(&mut self, new: Tree, names: Names, drops: &Drops) -> Result<(), FollowError> {
         let mut laps = Laps::start();
         if !names.fit(&new) {
             return Err(failed("name the address spaces").into());
@@ -96,9 +94,6 @@ impl Rebuild {
         laps.lap("processes");
         let former: Vec<Option<i32>> = shape.from.iter().map(|f| f.map(|o| old.processes[o].pgid)).collect();
         self.groups(&former)?;
-        if lazy {
-            self.no_huge_pages()?;
-        }
         self.drop_pages(drops)?;
         let live: std::collections::HashSet<u32> = self.names.spaces.iter().chain(&self.names.objects).copied().collect();
         self.written.retain(|name| live.contains(name));
@@ -310,6 +305,14 @@ impl Rebuild {
         }
         self.objects = list;
         Ok(())
+    }
+
+    /// Before the last pages are written. `lazy`: some of what is dropped will be missing when the copy runs.
+    pub fn make_way(&mut self, drops: &Drops, lazy: bool) -> Result<(), PilotError> {
+        if lazy {
+            self.no_huge_pages()?;
+        }
+        self.drop_pages(drops)
     }
 
     /// Makes ranges untouched again: zeros, or the file behind a private mapping.

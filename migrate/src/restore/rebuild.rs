@@ -633,32 +633,39 @@ impl Rebuild {
         Ok(sink)
     }
 
-    /// Everything but the pages and the release: descriptors, threads, state. `guards` by address space. Pages may be written meanwhile: nothing
-    /// here touches memory of the program. Relative timers begin to run, so what is still to be written should be a matter of milliseconds.
+    /// Everything but the pages and the release: descriptors, threads, state. `guards` by address space.
     pub fn complete(&mut self, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
         self.prepare(stdio, guards)?;
         self.contexts(&[])
     }
 
-    /// [`Rebuild::complete`] up to where guard regions can still be made, with those that are known.
+    /// [`Rebuild::complete`] up to where memory can still be dropped and guard regions made, with those that are known. Pages may be written meanwhile: nothing
+    /// here touches memory of the program, unless some of it is locked, which fills it. Relative timers begin to run, so what is still to come should be a
+    /// matter of milliseconds.
     pub fn prepare(&mut self, stdio: &fds::StdioFds, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
         self.lent(|me, tree| me.complete_with(tree, stdio, guards))
     }
 
     /// The rest of it, with more guard regions: every task waits for the release then.
     pub fn contexts(&mut self, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
+        self.guard(guards)?;
         self.lent(|me, tree| {
-            for (i, p) in tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_none()) {
-                let slot = me.slots[i][0];
-                let (records, _) = me.pilots.capacity(slot);
-                let guards = guards.get(p.mm as usize).map_or(&[][..], Vec::as_slice);
-                for b in mm::guards(guards, records - 8) {
-                    me.pilots.run(slot, &b)?;
-                }
-            }
             me.hold(tree)?;
             me.catch_up(tree)
         })
+    }
+
+    /// Makes guard regions, by address space.
+    pub fn guard(&mut self, guards: &[Vec<(u64, u64)>]) -> Result<(), PilotError> {
+        for (i, p) in self.tree.processes.iter().enumerate().filter(|(_, p)| p.zombie.is_none()) {
+            let slot = self.slots[i][0];
+            let (records, _) = self.pilots.capacity(slot);
+            let guards = guards.get(p.mm as usize).map_or(&[][..], Vec::as_slice);
+            for b in mm::guards(guards, records - 8) {
+                self.pilots.run(slot, &b)?;
+            }
+        }
+        Ok(())
     }
 
     /// Lends the tree out, rather than copying it.

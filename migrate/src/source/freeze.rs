@@ -13,7 +13,8 @@ use crate::{
     restore::rebuild::Names,
     sys::{mem::Mem, pagemap::Pagemap},
     tracer::{Frozen, Holder, Proc, Tracer},
-    wire::Ranges,
+    track::ahead::Ahead,
+    wire::{Encoded, Message, Ranges, State, WireError},
 };
 use std::{
     cell::RefCell,
@@ -24,6 +25,7 @@ use std::{
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 /// A frozen tree with what was read of it; lives on the tracer thread.
@@ -114,27 +116,56 @@ const FREEZE_PATIENCE: Duration = Duration::from_secs(20);
 /// What a try at a freeze came to: the way may be blocked by something that passes.
 pub type Try = Result<Snapshot, Vec<Blocker>>;
 
+/// What the destination is told of a frozen tree before its memory has been looked at, which takes as long again.
+pub struct Tell {
+    /// Where it is given to.
+    pub to: oneshot::Sender<Result<Encoded, WireError>>,
+    /// See [`State::expected`].
+    pub expected: u64,
+    /// See [`State::verify`].
+    pub verify: bool,
+}
+
+impl Tell {
+    /// The tree is lent to the message rather than copied.
+    fn tell(self, tree: &mut Tree, names: &mut Names) {
+        let nothing = Tree::empty(tree.host.clone());
+        let message = Message::State(Box::new(State {
+            tree: std::mem::replace(tree, nothing),
+            names: std::mem::take(names),
+            expected: self.expected,
+            verify: self.verify,
+        }));
+        let encoded = Encoded::of(&message);
+        if let Message::State(s) = message {
+            (*tree, *names) = (s.tree, s.names);
+        }
+        // Nobody waits for it any more when the migration was given up.
+        let _ = self.to.send(encoded);
+    }
+}
+
 /// Freezes the tree and reads it. On `Ok` it stays frozen on the tracer thread, until [`thaw`], [`kill`] or the end of that thread.
 pub async fn freeze(tracer: &Tracer, pid: i32, host: &Host, cancel: &CancellationToken) -> Result<Snapshot, Failure> {
     let mut retry = Retry::new(pid);
     loop {
-        match freeze_now(tracer, pid, host, None).await? {
+        match freeze_now(tracer, pid, host, None, None).await? {
             Ok(s) => return Ok(s),
             Err(blockers) => retry.pause(blockers, cancel).await?,
         }
     }
 }
 
-/// One try. With `rounds` only what the destination does not hold yet is planned to be sent.
-pub async fn freeze_now(tracer: &Tracer, pid: i32, host: &Host, rounds: Option<Shared>) -> Result<Try, Failure> {
+/// One try. With `rounds` only what the destination does not hold yet is planned to be sent. `tell`: from then on there is no other try.
+pub async fn freeze_now(tracer: &Tracer, pid: i32, host: &Host, rounds: Option<Shared>, tell: Option<Tell>) -> Result<Try, Failure> {
     let host = host.clone();
     tracer
         .call(move || match rounds {
             Some(r) => match r.lock() {
-                Ok(mut r) => freeze_once(pid, host, Some(&mut r)),
+                Ok(mut r) => freeze_once(pid, host, Some(&mut r), tell),
                 Err(_) => Err(Failure::failed("freeze", pid, "the look at the tree failed before")),
             },
-            None => freeze_once(pid, host, None),
+            None => freeze_once(pid, host, None, tell),
         })
         .await
         .map_err(|e| Failure::failed("freeze", pid, e))?
@@ -184,9 +215,14 @@ impl Retry {
     }
 }
 
-fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try, Failure> {
+fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>, tell: Option<Tell>) -> Result<Try, Failure> {
     let fail = |m: String| Failure::failed("freeze", pid, m);
+    let ahead = rounds.as_ref().and_then(|r| r.ahead());
     let frozen = Frozen::freeze(pid, Duration::from_secs(5)).map_err(|e| fail(e.to_string()))?;
+    if let Some(a) = &ahead {
+        a.go();
+    }
+    let has_run = frozen.has_run.clone();
     let since = frozen.since;
     let interrupt = since.elapsed();
     if frozen.procs.first().is_none_or(Proc::is_zombie) {
@@ -207,11 +243,21 @@ fn freeze_once(pid: i32, host: Host, rounds: Option<&mut Rounds>) -> Result<Try,
     let mut scan = Duration::ZERO;
     let mut rounds = rounds;
     let found = dump::tree::frozen(&mut held.frozen, &mut held.injectors, host, cache, |d| {
+        let mut names = match &mut rounds {
+            Some(r) => r.names(d),
+            None => Names::plain(&d.tree),
+        };
+        if let Some(tell) = tell {
+            tell.tell(&mut d.tree, &mut names);
+        }
         let began = Instant::now();
         let last = match &mut rounds {
-            Some(r) => r.last(d),
+            Some(r) => {
+                let seen = ahead.filter(|_| !has_run.get()).map_or(Vec::new(), Ahead::seen);
+                r.last(d, names, seen)
+            }
             None => pages::plan_tree(&d.tree, &d.pids, &d.object_fds).map(|(plans, guards)| Last {
-                names: Names::plain(&d.tree),
+                names,
                 plans,
                 guards,
                 ..Default::default()

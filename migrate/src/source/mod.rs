@@ -298,6 +298,8 @@ pub async fn send<C: Connector>(
         awake: None,
         fixed: Fixed::new(&counts, link.rtt()),
         shared_follows,
+        verify,
+        left: (0, 0),
     };
     let tracked = match options.mode {
         Mode::PreCopy | Mode::Hybrid | Mode::PostCopy => {
@@ -332,7 +334,7 @@ pub async fn send<C: Connector>(
             let terms = job.terms();
             let number = job.rounds.len() as u32 + 1;
             tokio::select! {
-                r = transfer::last(&mut link, &mut snap, verify, number, terms, &events) => r.map_err(lost("transfer")),
+                r = transfer::last(&mut link, &mut snap, number, terms, &events) => r.map_err(lost("transfer")),
                 () = cancel.cancelled() => Err(interrupted(pid)),
             }
             .map(|round| (snap, round, t_transfer))

@@ -3,7 +3,7 @@
 use super::{
     ended,
     fixed::Fixed,
-    freeze::{Retry, Shared, Snapshot, freeze_now},
+    freeze::{Retry, Shared, Snapshot, Tell, Try, freeze_now},
     has_ended, interrupted,
     rounds::{Prepared, Rounds},
     transfer::{self, Terms},
@@ -14,13 +14,14 @@ use crate::{
     report::{Event, Events, Failure, Mode, Round, SendOptions},
     sys::{awake::Awake, priority::Background},
     tracer::Tracer,
-    wire::WireError,
+    wire::{self, WireError},
 };
 use migrate_transport::Link;
 use std::{
     io,
     time::{Duration, Instant},
 };
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 /// Transfers of this length are not put off: with 1 ms, a GiB that writes 50 MB/s was frozen for 5.5 to 8.6 ms, of which registering and starting the
@@ -57,6 +58,10 @@ pub struct Job<'a> {
     pub fixed: Fixed,
     /// The destination can let shared memory follow.
     pub shared_follows: bool,
+    /// Hashes of all pages are going to be compared.
+    pub verify: bool,
+    /// Bytes that were dirty at the last look, and of these those that cannot follow.
+    pub left: (u64, u64),
 }
 
 impl Job<'_> {
@@ -103,7 +108,7 @@ impl Job<'_> {
         let mut retry = Retry::new(self.pid);
         loop {
             self.awake = Some(Awake::hold());
-            match freeze_now(self.tracer, self.pid, &self.host, tracked.cloned()).await? {
+            match self.freeze_and_tell(link, tracked).await? {
                 Ok(mut s) => {
                     if self.budget() < u64::MAX {
                         s.put_off(self.budget(), self.shared_follows)
@@ -131,6 +136,42 @@ impl Job<'_> {
                 }
             }
         }
+    }
+
+    /// One try to freeze the tree. What was read of it leaves while its memory is looked at.
+    async fn freeze_and_tell<L: Link>(&self, link: &mut L, tracked: Option<&Shared>) -> Result<Try, Failure> {
+        let (to, told) = oneshot::channel();
+        let tell = Tell {
+            to,
+            expected: self.expected(),
+            verify: self.verify,
+        };
+        let tell_it = async {
+            // There is nothing to tell of a try that failed.
+            let Ok(state) = told.await else { return Ok(()) };
+            tokio::select! {
+                sent = async { wire::send_encoded(link, state?).await } => sent.map_err(|e: WireError| self.lost("transfer", &e)),
+                () = self.cancel.cancelled() => Err(interrupted(self.pid)),
+            }
+        };
+        let (tried, told) = tokio::join!(freeze_now(self.tracer, self.pid, &self.host, tracked.cloned(), Some(tell)), tell_it);
+        let tried = tried?;
+        told?;
+        Ok(tried)
+    }
+
+    /// Bytes that the freeze is going to send, by what the last look found.
+    fn expected(&self) -> u64 {
+        let (dirty, stays) = self.left;
+        match self.options.mode {
+            Mode::Stop => u64::MAX,
+            Mode::PreCopy => dirty,
+            Mode::Hybrid | Mode::PostCopy => dirty.min(stays.saturating_add(self.budget())),
+        }
+    }
+
+    fn lost(&self, phase: &'static str, e: &WireError) -> Failure {
+        Failure::failed(phase, self.pid, format!("{e}; the program runs on here"))
     }
 
     async fn precopy<L: Link>(&mut self, link: &mut L, tracked: &Shared) -> Result<(), Failure> {
@@ -247,6 +288,7 @@ impl Job<'_> {
             tracing::debug!("{u}");
         }
         self.fixed.look(&p);
+        self.left = (p.dirty, p.stays);
         Ok(p)
     }
 
@@ -259,8 +301,7 @@ impl Job<'_> {
             r = transfer::round(link, number, p, self.terms(), self.events) => r,
             () = self.cancel.cancelled() => return Err(interrupted(self.pid)),
         };
-        let (mut round, applied, fate) =
-            sent.map_err(|e: WireError| Failure::failed("pre-copy", self.pid, format!("{e}; the program runs on here")))?;
+        let (mut round, applied, fate) = sent.map_err(|e: WireError| self.lost("pre-copy", &e))?;
         if let Ok(took) = Duration::try_from_secs_f64(applied.shape_ms / 1000.0) {
             self.fixed.shape(took);
         }

@@ -30,7 +30,12 @@ use crate::{
     restore::{rebuild::Names, shape},
     sys::mem::Mem,
     tracer::Frozen,
-    track::{self, TrackError, Tracker, shared::SharedMemory, soft_dirty::SoftDirty},
+    track::{
+        self, TrackError, Tracker,
+        ahead::{self, Ahead, Seen},
+        shared::SharedMemory,
+        soft_dirty::SoftDirty,
+    },
     wire::Ranges,
 };
 use std::{
@@ -131,6 +136,8 @@ pub struct Prepared {
     new: Vec<(u32, PageSet)>,
     /// Bytes of memory that are dirty now: W.
     pub dirty: u64,
+    /// Of these, in memory that cannot follow the resume, or may not.
+    pub stays: u64,
     /// Of these, held back.
     pub hot: u64,
     /// Bytes that became dirty since the last look.
@@ -157,6 +164,7 @@ impl Prepared {
             expect: Vec::new(),
             new: Vec::new(),
             dirty: 0,
+            stays: 0,
             hot: 0,
             dirtied: 0,
             stopped: Duration::ZERO,
@@ -254,6 +262,11 @@ impl Rounds {
     /// The cache for reading the tree, and the rest.
     pub fn split(&mut self) -> (&mut Cache, &mut Tracks) {
         (&mut self.cache, &mut self.tracks)
+    }
+
+    /// See [`Tracks::ahead`].
+    pub fn ahead(&self) -> Option<Ahead> {
+        self.tracks.ahead()
     }
 
     /// The round that the last look prepared was sent, with these pages of objects.
@@ -571,10 +584,12 @@ impl Rounds {
             // A mapping may be missing from this list only because it changed while the list was made: what is owed of it stays owed.
             let owed = s.owed.intersection(&private);
             let mut send = owed.difference(&hot);
+            let waiting = lazy::waiting(&d.tree.mms[p.mm as usize].vmas);
             if t.lazy {
-                send.subtract(&lazy::waiting(&d.tree.mms[p.mm as usize].vmas));
+                send.subtract(&waiting);
             }
             out.dirty += owed.bytes();
+            out.stays += owed.difference(&waiting).bytes();
             out.hot += hot.bytes();
             if send.is_empty() {
                 continue;
@@ -771,6 +786,7 @@ impl Tracks {
                 continue;
             }
             out.dirty += changed.dirty.bytes();
+            out.stays += changed.dirty.bytes();
             out.dirtied += changed.dirty.bytes();
             let plan = SpacePlan {
                 space: name,
@@ -782,12 +798,39 @@ impl Tracks {
         Ok(())
     }
 
-    /// The last look, at the frozen tree.
-    pub fn last(&mut self, d: &Dumped) -> io::Result<Last> {
+    /// What the address spaces and objects of the frozen tree are called.
+    pub fn names(&mut self, d: &Dumped) -> Names {
         self.shared.begin();
         let names = self.name(d);
         self.forget(d);
         self.account(&d.tree, &names);
+        names
+    }
+
+    /// Gets ready to begin the last look as soon as the tree stands still. None: not worth it.
+    pub fn ahead(&self) -> Option<Ahead> {
+        let (tree, names) = self.told.as_ref()?;
+        let mut tasks = Vec::new();
+        for s in self.spaces.values() {
+            let mm = names.spaces.iter().position(|n| *n == s.name).and_then(|m| tree.mms.get(m));
+            let (Some(tracker), Some(mm)) = (&s.tracker, mm) else { continue };
+            for v in mm.vmas.iter().filter(|v| track::has_private_pages(v)) {
+                let task = |(blocks, pagemap)| ahead::Task {
+                    space: s.name,
+                    start: v.start,
+                    end: v.end,
+                    blocks,
+                    pagemap,
+                };
+                tasks.extend(tracker.ahead(v, &known(&s.held, &s.owed, v)).map(task));
+            }
+        }
+        Ahead::ready(tasks)
+    }
+
+    /// The last look, at the frozen tree. `seen`: what was seen of it since it stands still.
+    pub fn last(&mut self, d: &Dumped, names: Names, seen: Vec<(u32, u64, u64, Seen)>) -> io::Result<Last> {
+        let mut seen: HashMap<(u32, u64, u64), Seen> = seen.into_iter().map(|(space, a, b, s)| ((space, a, b), s)).collect();
         let mut out = Last {
             names: names.clone(),
             guards: vec![Vec::new(); d.tree.mms.len()],
@@ -801,7 +844,17 @@ impl Tracks {
             let mm = &d.tree.mms[p.mm as usize];
             let (whole, all_guards) = match self.spaces.get_mut(&(*pid, *started)) {
                 Some(s) if s.tracker.is_some() => {
-                    let (whole, guards) = s.last(&mm.vmas, &mut out.drops)?;
+                    let rseqs = p.threads.iter().filter_map(|t| t.rseq.as_ref());
+                    let touched = PageSet::from_ranges(rseqs.map(|r| (r.address, r.address + u64::from(r.len))));
+                    let name = s.name;
+                    let mut before = |v: &crate::image::Vma| {
+                        let seen = seen.remove(&(name, v.start, v.end))?;
+                        Some(Seen {
+                            touched: touched.clone(),
+                            ..seen
+                        })
+                    };
+                    let (whole, guards) = s.last(&mm.vmas, &mut out.drops, &mut before)?;
                     if let Some(tracker) = s.shared.as_mut() {
                         for v in mm.vmas.iter().filter(|v| shared::tracked(&d.tree, v)) {
                             if let Ok(written) = tracker.scan(v, true) {
@@ -862,8 +915,13 @@ impl Tracks {
 }
 
 impl Space {
-    /// (pages to send, guard regions).
-    fn last(&mut self, vmas: &[crate::image::Vma], drops: &mut Vec<(u32, u64, u64)>) -> io::Result<(PageSet, PageSet)> {
+    /// (pages to send, guard regions). `seen`: what was seen of a mapping before.
+    fn last(
+        &mut self,
+        vmas: &[crate::image::Vma],
+        drops: &mut Vec<(u32, u64, u64)>,
+        seen: &mut dyn FnMut(&crate::image::Vma) -> Option<Seen>,
+    ) -> io::Result<(PageSet, PageSet)> {
         let Some(tracker) = self.tracker.as_mut() else {
             return Ok(Default::default());
         };
@@ -871,7 +929,7 @@ impl Space {
         for v in vmas.iter().filter(|v| track::has_private_pages(v)) {
             private.insert(v.start, v.end);
             let known = known(&self.held, &self.owed, v);
-            let scan = tracker.scan(v, &known, true).map_err(io::Error::other)?;
+            let scan = tracker.last(v, &known, seen(v)).map_err(io::Error::other)?;
             let stale = if scan.fresh {
                 self.owed.remove(v.start, v.end);
                 self.held.clip(v.start, v.end).difference(&scan.dirty)
@@ -945,7 +1003,7 @@ mod tests {
         s.tracker = Some(Box::new(Nothing));
         s.owed.insert(0x12000, 0x13000);
         let mut drops = Vec::new();
-        let (send, _) = s.last(&[vma], &mut drops).unwrap();
+        let (send, _) = s.last(&[vma], &mut drops, &mut |_| None).unwrap();
         assert!(send.is_empty(), "{send:?}");
         assert!(s.owed.is_empty());
     }

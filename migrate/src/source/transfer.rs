@@ -8,12 +8,12 @@ use super::{
 };
 use crate::{
     dump::pages::{self, Batch, OBJECT_SPACE, Reader, SpacePlan},
-    image::{PAGE, Tree},
+    image::PAGE,
     laps::Laps,
     pages::PageSet,
     plan,
     report::{Event, Events, Round},
-    wire::{self, Applied, Message, Ranges, RoundStart, State, WireError},
+    wire::{self, Applied, Memory, Message, Ranges, RoundStart, WireError},
 };
 use migrate_transport::{Encoding, Link, PageSender, sample_compression};
 use std::{
@@ -114,15 +114,8 @@ fn within(pages: &[(u32, u64, u64)], planned: &[SpacePlan]) -> bool {
     pages.iter().all(|m| m.1 < m.2 && sent(m))
 }
 
-/// Sends the state and every page of the frozen tree that is not at the destination yet.
-pub async fn last<L: Link>(
-    link: &mut L,
-    snap: &mut Snapshot,
-    verify: bool,
-    number: u32,
-    terms: Terms,
-    events: &Events,
-) -> Result<Round, WireError> {
+/// Sends every page of the frozen tree that is not at the destination yet.
+pub async fn last<L: Link>(link: &mut L, snap: &mut Snapshot, number: u32, terms: Terms, events: &Events) -> Result<Round, WireError> {
     let start = Instant::now();
     let mut laps = Laps::start();
     let total: u64 = snap.plans.iter().map(SpacePlan::bytes).sum();
@@ -134,24 +127,15 @@ pub async fn last<L: Link>(
         readers.push((plan.clone(), reader));
     }
     laps.lap("open readers");
-    // Lent to the message rather than copied.
-    let nothing = Tree::empty(snap.tree.host.clone());
-    let message = Message::State(Box::new(State {
-        tree: std::mem::replace(&mut snap.tree, nothing),
-        names: std::mem::take(&mut snap.names),
+    let message = Message::Memory(Box::new(Memory {
         drops: std::mem::take(&mut snap.drops),
         guards: std::mem::take(&mut snap.guards),
         bytes: total,
         later: snap.later.iter().map(|p| Ranges::pack(p.space, &p.ranges)).collect(),
         narrowed: snap.finding.is_some(),
-        verify,
     }));
-    let sent = wire::send(link, &message).await;
-    if let Message::State(s) = message {
-        (snap.tree, snap.names, snap.drops, snap.guards) = (s.tree, s.names, s.drops, s.guards);
-    }
-    sent?;
-    laps.lap("send the state");
+    wire::send(link, &message).await?;
+    laps.lap("say what is to come");
     let (mut round, _) = send_pages(link, readers, total, number, true, terms, events).await?;
     round.bytes = link.bytes_sent() - before;
     laps.lap("send the pages");

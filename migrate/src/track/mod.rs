@@ -14,6 +14,7 @@
 //! Neither sees writes through an address space that is not tracked, by write(2) on a descriptor, or holes punched into shared memory. Where such may happen
 //! shared memory is compared by content instead: [`crate::source::shared`]; else [`shared`] tracks it.
 
+pub mod ahead;
 pub mod listener;
 pub mod shared;
 pub mod soft_dirty;
@@ -24,7 +25,7 @@ use crate::{
     pages::PageSet,
     sys::{pagemap::Pagemap, uffd::Userfault},
 };
-use std::io;
+use std::{io, sync::Arc};
 
 /// Which way is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -73,6 +74,16 @@ pub trait Tracker: Send + std::fmt::Debug {
     /// Looks at one mapping. `held`: what the destination holds of this address space. While the process runs (`last` false) the pages found are
     /// armed, so that the next look shows what was written since this one. `last`: everything is stopped, nothing is armed.
     fn scan(&mut self, vma: &Vma, held: &PageSet, last: bool) -> Result<Scan, TrackError>;
+
+    /// What of a mapping other threads can look at before its last look: the blocks in which the destination holds pages, and what shows them. None: nothing.
+    fn ahead(&self, _vma: &Vma, _held: &PageSet) -> Option<(PageSet, Arc<Pagemap>)> {
+        None
+    }
+
+    /// The last look at a mapping, with what they have seen.
+    fn last(&mut self, vma: &Vma, held: &PageSet, _seen: Option<ahead::Seen>) -> Result<Scan, TrackError> {
+        self.scan(vma, held, true)
+    }
 
     /// Called when all mappings were looked at, still within the stop if there is one: soft-dirty bits are cleared here.
     fn arm(&mut self) -> io::Result<()>;

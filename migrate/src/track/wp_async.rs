@@ -15,7 +15,8 @@
 //! - Pages dropped by MADV_DONTNEED are holes again, and holes are not armed: the last look asks for everything that is not armed, which is
 //!   also the kernel's fast way. Asking it over a large reserve would report all of that reserve, so only blocks in which the destination
 //!   holds pages are looked at like that; in the others whatever is populated is new.
-//! - The last look by two threads did not pay: 1.35 ms for 4 GiB in place of 1.5. The second core has to wake up first.
+//! - The last look by two threads did not pay, as long as it came after everything else in the freeze: 1.35 ms for 4 GiB in place of 1.5. The second core has to
+//!   wake up first. Now it begins with the stop, on threads that are awake ([`super::ahead`]).
 //! - A private page over a file that was dropped shows the file again, present and unarmed or not there at all: the pages held are looked at one
 //!   by one.
 //! - Dropped while it was armed such a page leaves a marker, and the next write to it takes two faults: one maps a copy of the file's page, armed like the
@@ -25,7 +26,11 @@
 //!   differ from the file (a *witness*), and the last one reads those words again: 60 ms for 256 MiB. Holding all of the pages against the file within the freeze took
 //!   200. Where a drop would be told of (UFFD_FEATURE_EVENT_REMOVE) the program would wait for the agent, and a file that is truncated would still go unnoticed.
 
-use super::{Scan, TrackError, Tracker, over_file};
+use super::{
+    Scan, TrackError, Tracker,
+    ahead::{self, Seen},
+    over_file,
+};
 use crate::{
     image::{Backing, PAGE, Vma},
     pages::PageSet,
@@ -36,13 +41,19 @@ use crate::{
         uffd::{self, Userfault},
     },
 };
-use std::{collections::HashMap, fs::File, io, os::unix::fs::FileExt, sync::OnceLock};
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    sync::{Arc, OnceLock},
+};
 
 /// Tracks one address space.
 #[derive(Debug)]
 pub struct WpAsync {
     pid: i32,
-    pagemap: Pagemap,
+    pagemap: Arc<Pagemap>,
     uffd: Userfault,
     /// Guard regions seen in rounds: once armed, the fast scan does not show them.
     guards: PageSet,
@@ -66,7 +77,7 @@ impl WpAsync {
     pub fn new(pid: i32, fd: i32) -> io::Result<WpAsync> {
         Ok(WpAsync {
             pid,
-            pagemap: Pagemap::open(pid)?,
+            pagemap: Arc::new(Pagemap::open(pid)?),
             uffd: Userfault::take(pid, fd)?,
             guards: PageSet::new(),
             void: PageSet::new(),
@@ -157,7 +168,7 @@ impl WpAsync {
         Ok(held.difference(&private))
     }
 
-    fn last(&mut self, vma: &Vma, held: &PageSet) -> Result<Scan, TrackError> {
+    fn last_look(&mut self, vma: &Vma, held: &PageSet, seen: Option<Seen>) -> Result<Scan, TrackError> {
         let mut scan = Scan::default();
         let over_file = over_file(vma);
         let mine = held.clip(vma.start, vma.end);
@@ -179,35 +190,41 @@ impl WpAsync {
             return Ok(scan);
         }
         let blocks = blocks(&mine, vma);
-        let mut open = Vec::new();
-        for &(a, b) in blocks.ranges() {
-            match self.pagemap.unarmed(a, b, &mut open) {
-                Err(e) if e.raw_os_error() == Some(libc::EPERM) => return self.whole(vma, &mine),
-                r => r.map_err(changed)?,
+        let mut seen = match seen.filter(|s| s.blocks == blocks) {
+            Some(seen) => seen,
+            None => {
+                let mut all = Seen::default();
+                for &(a, b) in blocks.ranges() {
+                    match unarmed(&self.pagemap, a, b) {
+                        Err(TrackError::Untracked) => return self.whole(vma, &mine),
+                        seen => all.extend(&seen?),
+                    }
+                }
+                all
             }
+        };
+        // What was not looked at yet, or has to be once more.
+        let touched = seen.touched.clip(vma.start, vma.end);
+        for set in [&mut seen.open, &mut seen.populated, &mut seen.guards] {
+            set.subtract(&touched);
         }
         let mut rest = PageSet::new();
         rest.insert(vma.start, vma.end);
         rest.subtract(&blocks);
-        rest.extend(&PageSet::from_ranges(open));
         rest.extend(&self.guards.clip(vma.start, vma.end));
-        let (populated, guards) = self.content(&rest)?;
-        scan.guards = guards;
-        scan.gone = mine.intersection(&rest).difference(&populated);
-        scan.dirty = populated;
+        rest.extend(&touched);
+        rest.subtract(&seen.open);
+        let (populated, guards) = content(&self.pagemap, &rest)?;
+        seen.extend(&Seen {
+            open: rest,
+            populated,
+            guards,
+            ..Seen::default()
+        });
+        scan.guards = seen.guards;
+        scan.gone = mine.intersection(&seen.open).difference(&seen.populated);
+        scan.dirty = seen.populated;
         Ok(scan)
-    }
-
-    /// What is content and what are guards of pages that are not armed; the others are nothing any more. Places near each other are looked at in one call: with
-    /// every third page of a GiB written a call for each took 20 ms.
-    fn content(&self, pages: &PageSet) -> Result<(PageSet, PageSet), TrackError> {
-        let mut found = Vec::new();
-        for (a, b) in near(pages.ranges()) {
-            self.pagemap.populated_no_file(a, b, &mut found).map_err(changed)?;
-        }
-        let (guards, populated): (Vec<&Range>, Vec<&Range>) = found.iter().partition(|r| r.guard);
-        let of = |found: Vec<&Range>| PageSet::from_ranges(found.iter().map(|r| (r.start, r.end))).intersection(pages);
-        Ok((of(populated), of(guards)))
     }
 
     /// Notes of these pages, which are armed, a word by which each differs from the file's page. Only of a mapping of a file.
@@ -293,6 +310,35 @@ impl WpAsync {
     }
 }
 
+/// Of a part of a mapping without a file, in a process that stands still: what is not armed, and what that is.
+pub(super) fn unarmed(pagemap: &Pagemap, start: u64, end: u64) -> Result<Seen, TrackError> {
+    let mut open = Vec::new();
+    match pagemap.unarmed(start, end, &mut open) {
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Err(TrackError::Untracked),
+        r => r.map_err(changed)?,
+    }
+    let open = PageSet::from_ranges(open);
+    let (populated, guards) = content(pagemap, &open)?;
+    Ok(Seen {
+        open,
+        populated,
+        guards,
+        ..Seen::default()
+    })
+}
+
+/// What is content and what are guards of pages that are not armed; the others are nothing any more. Places near each other are looked at in one call: with
+/// every third page of a GiB written a call for each took 20 ms.
+fn content(pagemap: &Pagemap, pages: &PageSet) -> Result<(PageSet, PageSet), TrackError> {
+    let mut found = Vec::new();
+    for (a, b) in near(pages.ranges()) {
+        pagemap.populated_no_file(a, b, &mut found).map_err(changed)?;
+    }
+    let (guards, populated): (Vec<&Range>, Vec<&Range>) = found.iter().partition(|r| r.guard);
+    let of = |found: Vec<&Range>| PageSet::from_ranges(found.iter().map(|r| (r.start, r.end))).intersection(pages);
+    Ok((of(populated), of(guards)))
+}
+
 /// The first word by which two pages differ: its offset, and what it is in the first.
 fn difference(a: &[u8], b: &[u8]) -> Option<(u64, [u8; WORD])> {
     let (a, b) = (a.as_chunks::<WORD>().0, b.as_chunks::<WORD>().0);
@@ -343,13 +389,25 @@ pub(super) fn changed(e: io::Error) -> TrackError {
 impl Tracker for WpAsync {
     fn scan(&mut self, vma: &Vma, held: &PageSet, last: bool) -> Result<Scan, TrackError> {
         if last {
-            return self.last(vma, held);
+            return self.last_look(vma, held, None);
         }
         let r = self.round(vma, held);
         if r.is_err() {
             self.void.insert(vma.start, vma.end);
         }
         r
+    }
+
+    fn ahead(&self, vma: &Vma, held: &PageSet) -> Option<(PageSet, Arc<Pagemap>)> {
+        if over_file(vma) || vma.len() < ahead::LARGE || self.void.overlaps(vma.start, vma.end) {
+            return None;
+        }
+        let blocks = blocks(&held.clip(vma.start, vma.end), vma);
+        (blocks.bytes() >= ahead::LARGE).then(|| (blocks, self.pagemap.clone()))
+    }
+
+    fn last(&mut self, vma: &Vma, held: &PageSet, seen: Option<Seen>) -> Result<Scan, TrackError> {
+        self.last_look(vma, held, seen)
     }
 
     fn arm(&mut self) -> io::Result<()> {
@@ -474,6 +532,118 @@ mod tests {
         assert_eq!(look(&mut tracker, &vma(start, end), &held).unwrap(), 0);
         // SAFETY: all of it is this test's own.
         unsafe { libc::munmap(low.byte_sub(HALF / 2), 5 * HALF) };
+    }
+
+    /// What other threads see of a large mapping from the stop on, and the last look makes of it, is what that look sees by itself: with pages written, dropped, never
+    /// touched, with guards, and with some that were written after the threads had looked.
+    #[test]
+    fn a_look_begun_ahead_sees_what_the_last_one_sees() {
+        use crate::track::ahead::{Ahead, LARGE, Task};
+        const NAME: &str = "a_look_begun_ahead_sees_what_the_last_one_sees";
+        if !available() {
+            return eprintln!("SKIP {NAME}: no WP_ASYNC");
+        }
+        const LEN: usize = 5 * LARGE as usize + 7 * PAGE as usize;
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping, of small pages.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), LEN, prot, flags, -1, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        // SAFETY: that mapping.
+        unsafe { libc::madvise(at, LEN, libc::MADV_NOHUGEPAGE) };
+        let (start, pages) = (at as u64, LEN as u64 / PAGE);
+        let write = |page: u64| {
+            // SAFETY: inside the mapping.
+            unsafe { at.cast::<u8>().add((page * PAGE) as usize).write_volatile(page as u8 | 1) };
+        };
+        let advise = |page: u64, count: u64, advice: i32| {
+            // SAFETY: inside the mapping.
+            unsafe { libc::madvise(at.byte_add((page * PAGE) as usize), (count * PAGE) as usize, advice) }
+        };
+        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
+        // SAFETY: no pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
+        let mut tracker = WpAsync::new(std::process::id() as i32, fd).unwrap();
+        // SAFETY: the tracker has a descriptor of its own.
+        unsafe { libc::close(fd) };
+        let v = vma(start, start + LEN as u64);
+        // Most of it has content; a tail that the destination holds nothing of has not.
+        (0..pages - 1024).for_each(write);
+        tracker.adopt(&[(v.start, v.end)]);
+        let mut held = tracker.scan(&v, &PageSet::new(), false).unwrap().dirty;
+        assert_eq!(held.pages(), pages - 1024);
+        let mut random = 12345u64;
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (random >> 33) % below
+        };
+        for turn in 0..30u64 {
+            for _ in 0..next(3000) {
+                write(next(pages));
+            }
+            for _ in 0..next(20) {
+                let page = next(pages - 64);
+                advise(page, 1 + next(63), libc::MADV_DONTNEED);
+            }
+            // MADV_GUARD_INSTALL; a kernel that has none says so.
+            advise(next(pages - 8), 1 + next(7), 102);
+            let (blocks, pagemap) = tracker.ahead(&v, &held).expect("it is large");
+            let task = Task {
+                space: 7,
+                start: v.start,
+                end: v.end,
+                blocks,
+                pagemap,
+            };
+            let ahead = Ahead::ready(vec![task]);
+            let Some(ahead) = ahead else {
+                return eprintln!("SKIP {NAME}: one cpu");
+            };
+            ahead.go();
+            if turn % 2 == 0 {
+                std::thread::yield_now();
+            }
+            let mut seen = ahead.seen();
+            let (space, a, b, mut seen) = seen.pop().expect("seen");
+            assert_eq!((space, a, b), (7, v.start, v.end));
+            // Written since, and said so.
+            let late = next(pages - 1024);
+            let guarded = seen.guards.contains(start + late * PAGE);
+            if !guarded {
+                write(late);
+                seen.touched.insert(start + late * PAGE, start + late * PAGE + 1);
+            }
+            let ahead = tracker.last(&v, &held, Some(seen)).unwrap();
+            let plain = tracker.scan(&v, &held, true).unwrap();
+            assert_eq!(
+                (&ahead.dirty, &ahead.gone, &ahead.guards),
+                (&plain.dirty, &plain.gone, &plain.guards),
+                "turn {turn}"
+            );
+            assert!(guarded || ahead.dirty.contains(start + late * PAGE));
+            // Guards go, and a round takes what there is.
+            for &(a, b) in plain.guards.ranges() {
+                advise((a - start) / PAGE, (b - a) / PAGE, 103);
+            }
+            let round = tracker.scan(&v, &held, false).unwrap();
+            held.subtract(&plain.gone);
+            held.extend(&round.dirty);
+        }
+        // Another mapping by now: nothing of it counts.
+        let (blocks, pagemap) = tracker.ahead(&v, &held).expect("it is large");
+        // SAFETY: the mapping from above, made anew in its place.
+        unsafe { libc::mmap(at, LEN, prot, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0) };
+        let ahead = Ahead::ready(vec![Task {
+            space: 7,
+            start: v.start,
+            end: v.end,
+            blocks,
+            pagemap,
+        }])
+        .expect("two cpus");
+        ahead.go();
+        assert!(ahead.seen().is_empty());
+        // SAFETY: as above.
+        unsafe { libc::munmap(at, LEN) };
     }
 
     /// Pages of the mapping in [`a_page_dropped_while_armed_and_about_to_be_written_shows`].

@@ -183,7 +183,7 @@ fn message(data: &[u8]) {
         let _ = plan::sessions(&tree.processes);
     }
     match &m {
-        Message::State(s) => unpacked(&s.later),
+        Message::Memory(m) => unpacked(&m.later),
         Message::Round(r) => unpacked(&r.expect),
         Message::Attached(a) => unpacked(&a.missing),
         Message::Handover(h) => unpacked(h.later.as_deref().unwrap_or_default()),
