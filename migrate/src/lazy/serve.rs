@@ -351,7 +351,8 @@ impl<C: Connector> Drain<'_, C> {
                 pages: AtomicU64::new(0),
                 zero: AtomicU64::new(0),
                 first: Mutex::new(None),
-                last_fault: AtomicU64::new(0),
+                // As if one had just been: the first steps of the copy are all faults.
+                last_fault: AtomicU64::new(1),
                 answered: AtomicU64::new(0),
             });
             let before = bulk.bytes_sent();
