@@ -424,6 +424,15 @@ impl<'a> Command<'a> {
         self.stdio = stdio;
         self
     }
+    /// Streams that a shell in the host opens: /dev/null, and both outputs into a file. CRIU dumps none of another mount namespace.
+    pub fn says_to(mut self, file: &Path) -> Self {
+        if let Some(program) = tool(&self.argv[0]) {
+            self.argv[0] = program.display().to_string();
+        }
+        let file = file.display().to_string();
+        self.stdio(Stdio::Null)
+            .under(["sh", "-c", "exec \"$@\" </dev/null >\"$0\" 2>&1", &file])
+    }
     /// Ignores SIGHUP, as under nohup.
     pub fn nohup(mut self) -> Self {
         self.spawn.nohup = true;
