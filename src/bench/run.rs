@@ -2,7 +2,7 @@
 
 use super::{
     bed::{Bed, There},
-    criu::Criu,
+    criu::{self, Criu},
     plan::{How, Item, Link, Memory, Workload},
     results::Measured,
 };
@@ -27,6 +27,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
 /// Before anything is measured: what a start stirs up has settled.
@@ -83,7 +84,8 @@ pub fn once(bed: &Bed, item: &Item, criu: Option<&Criu>, cancel: &CancellationTo
             other.name()
         )),
         (Bed::Here { .. }, _) => caught(|| {
-            let hosts = Hosts::new().ok_or_else(|| "two hosts could not be made".to_owned())?;
+            let memory = matches!(item.how, How::Criu(_)).then(criu::memory).flatten();
+            let hosts = Hosts::that_see(memory.as_ref().map(TempDir::path)).ok_or_else(|| "two hosts could not be made".to_owned())?;
             let over = AtomicBool::new(false);
             let measured = thread::scope(|scope| {
                 scope.spawn(|| {
