@@ -61,7 +61,7 @@ pub enum Command {
     },
     /// Measure the freeze, as programs and their clients see it
     #[command(long_about = help::BENCH)]
-    Bench(Bench),
+    Bench(Box<Bench>),
     /// A program to be measured or tested with
     #[command(hide = true)]
     Guest(Rest),
@@ -203,6 +203,9 @@ pub struct Bench {
     /// A link that carries no more than this, as in 100Mbit/s
     #[arg(long, value_name = "LIMIT", value_parser = parse::rate, conflicts_with = "to")]
     pub link: Option<u64>,
+    /// The CRIU to compare with [default: criu in PATH]
+    #[arg(long, env = "MIGRATE_CRIU", hide_env_values = true, value_name = "PROGRAM")]
+    pub criu: Option<PathBuf>,
     /// TCP port that the measured program listens on
     #[arg(long, value_name = "PORT", default_value_t = 7979, value_parser = clap::value_parser!(u16).range(1..))]
     pub port: u16,

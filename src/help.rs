@@ -64,6 +64,8 @@ Examples:
     # migrate bench --workload 'ping 127.0.0.1 -i 0.01'
   A slow link:
     # migrate bench --round-trip 80ms --link 100Mbit/s
+  Beside a CRIU that is not in PATH:
+    # migrate bench --criu /opt/criu/criu
   Two real machines: `migrate receive` on the other one, with the same program at the same path there, and here
     # migrate bench --to 10.0.0.2:7878 --ticket ...";
 

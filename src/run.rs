@@ -84,7 +84,7 @@ async fn dispatch(command: Command, context: &Context) -> anyhow::Result<u8> {
             Trust::Add { fingerprint, name, .. } => trust::add(&fingerprint, name.as_deref(), context),
             Trust::Remove { peer, .. } => trust::remove(&peer, context),
         },
-        Command::Bench(arguments) => bench::run(arguments, context).await,
+        Command::Bench(arguments) => bench::run(*arguments, context).await,
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Ceiling { command } => ceiling::run(command).await,
         Command::Keeper | Command::Guest(_) => Ok(report::FAILED),

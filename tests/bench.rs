@@ -1,6 +1,6 @@
 //! `migrate bench` and `migrate send --report`: small runs, and what they say.
 
-use migrate_harness::{Dice, Guest, Receiver, Run, Stdio, eventually, migrate_binary, need, two_hosts};
+use migrate_harness::{Dice, Guest, Receiver, Run, Stdio, eventually, migrate_binary, need, newer_criu, skip, tool, two_hosts};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -9,6 +9,7 @@ use serde_json::Value;
 use std::{
     collections::BTreeSet,
     fs,
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Output, Stdio as ChildStdio},
     time::Duration,
@@ -155,6 +156,74 @@ fn bench_of_other_programs() {
     assert!(figure(&results, "/cases/0/runs/0/client_ms") > 1.0, "{results}");
 }
 
+/// What CRIU cannot do on this kernel is named. What fails says why.
+#[test]
+fn bench_beside_criu() {
+    drop(two_hosts!());
+    let newer = newer_criu();
+    let Some(criu) = newer.clone().or_else(|| tool("criu")) else {
+        skip("criu is not installed");
+        return;
+    };
+    if !Command::new(&criu).arg("check").output().unwrap().status.success() {
+        skip("criu check says that it does not work with this kernel");
+        return;
+    }
+    let mounts = || fs::read_to_string("/proc/self/mounts").unwrap();
+    let before = (traces(), mounts());
+    let run = |criu: &Path, size: &str| {
+        let options = [
+            "--size", size, "--rate", "20MB/s", "--mode", "stop", "--repeat", "1", "--json", "--criu",
+        ];
+        let output = bench(&options).arg(criu).output().unwrap();
+        assert_eq!((traces(), mounts()), before);
+        assert_eq!(carried(), [0_i32; 0]);
+        output
+    };
+    let of = |results: &Value, mode: &str| results["cases"].as_array().unwrap().iter().find(|c| c["mode"] == mode).cloned();
+
+    let output = run(&criu, "16MiB");
+    if newer.is_none() && String::from_utf8_lossy(&output.stderr).contains("criu dump: code 1") {
+        skip("the installed criu does not work with this kernel, though criu check says so (tests/criu.sh)");
+        return;
+    }
+    let results = measured(&output);
+    assert!(
+        results["machine"]["criu"]
+            .as_str()
+            .unwrap()
+            .starts_with(|c: char| c.is_ascii_digit()),
+        "{results}"
+    );
+    assert!(of(&results, "criu").is_some(), "{results}");
+    for mode in ["criu", "criu pre-dump", "criu lazy-pages"] {
+        let Some(case) = of(&results, mode) else {
+            assert!(results["without_criu"].as_str().unwrap().contains(mode), "{results}");
+            continue;
+        };
+        let run = &case["runs"][0];
+        println!("{mode}: program {} ms, client {} ms", run["program_ms"], run["client_ms"]);
+        assert!(figure(run, "/program_ms") > 1.0 && figure(run, "/client_ms") > 1.0, "{case}");
+        assert_eq!(run["report"]["images"], "memory", "{case}");
+    }
+
+    // One that saves, and does not restore.
+    let dir = tempfile::tempdir().unwrap();
+    let half = dir.path().join("criu");
+    let script = format!(
+        "#!/bin/sh\n[ $1 != restore ] || {{ echo Error: no >&2; exit 7; }}\nexec {} \"$@\"\n",
+        criu.display()
+    );
+    fs::write(&half, script).unwrap();
+    fs::set_permissions(&half, fs::Permissions::from_mode(0o755)).unwrap();
+    let output = run(&half, "2MiB");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let results: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let said = of(&results, "criu").unwrap()["failed"][0].as_str().unwrap().to_owned();
+    assert_eq!(said, "criu restore: code 7: Error: no");
+    assert_eq!(of(&results, "stop").unwrap()["runs"].as_array().unwrap().len(), 1, "{results}");
+}
+
 #[test]
 fn bench_over_a_slow_link() {
     drop(two_hosts!());
@@ -245,6 +314,7 @@ fn what_cannot_be_measured_is_said() {
     says(&["--workload", "true"], 1, "ended by itself");
     says(&["--report", "/no/such/directory/x.html"], 1, "/no/such/directory");
     says(&["--size", "4kB"], 1, "at least 1MiB");
+    says(&["--criu", "/no/such/criu"], 1, "no such program");
     says(&["--size", "4"], 2, "unit");
     says(&["--rate", "fast"], 2, "max");
     says(&["--to", "127.0.0.1:9", "--round-trip", "5ms"], 2, "cannot be used with");

@@ -25,6 +25,7 @@ pub fn machine(tracker: TrackerArg, link: &str) -> Machine {
             Err(why) => why,
         },
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        criu: None,
         link: link.to_owned(),
         load: load(),
         since: std::time::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_secs()),

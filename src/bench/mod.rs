@@ -62,13 +62,17 @@ fn measure(arguments: &Bench, state_dir: &Path, events: &Events, cancel: &Cancel
     migrate_harness::without_oracle();
     let mut plan = plan::plan(arguments)?;
     let bed = bed::Bed::new(arguments, state_dir)?;
-    let machine = machine(arguments.tracker, &bed.link());
+    let asked = arguments.criu.as_deref().map(criu::asked).transpose()?;
+    let mut machine = machine(arguments.tracker, &bed.link());
     let ceilings = ceilings::measure(&bed, &note);
-    let criu = criu::Criu::find(&bed);
+    let criu = criu::Criu::find(&bed, asked.as_deref());
     plan.retain(|item| match item.how {
         plan::How::Criu(way) => criu.as_ref().is_ok_and(|c| c.can(way)),
         plan::How::Mode(_) => true,
     });
+    if plan.iter().any(|item| matches!(item.how, plan::How::Criu(_))) {
+        machine.criu = criu.as_ref().ok().map(|c| c.version().to_owned());
+    }
     let mut cases: Vec<Case> = Vec::new();
     let count = plan.len();
     for (number, item) in plan.into_iter().enumerate() {

@@ -35,6 +35,8 @@ pub struct Machine {
     pub tracker: String,
     /// Of this program.
     pub version: String,
+    /// Of CRIU; none if it is not measured.
+    pub criu: Option<String>,
     /// Between the two hosts: "veth", "veth, 80 ms, 100 Mbit/s", or the address of the other machine.
     pub link: String,
     /// Load average over a minute before the run.

@@ -2,7 +2,7 @@
 
 use super::{
     bed::{Bed, There},
-    criu::Criu,
+    criu::{self, Criu},
     plan::{How, Item, Link, Memory, Workload},
     results::Measured,
 };
@@ -18,6 +18,7 @@ use std::{
     fs,
     net::SocketAddr,
     panic::{self, AssertUnwindSafe},
+    path::Path,
     process::{Child, Command, Stdio as ChildStdio},
     sync::{
         Mutex, Once, PoisonError,
@@ -26,6 +27,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
 /// Before anything is measured: what a start stirs up has settled.
@@ -82,7 +84,8 @@ pub fn once(bed: &Bed, item: &Item, criu: Option<&Criu>, cancel: &CancellationTo
             other.name()
         )),
         (Bed::Here { .. }, _) => caught(|| {
-            let hosts = Hosts::new().ok_or_else(|| "two hosts could not be made".to_owned())?;
+            let memory = matches!(item.how, How::Criu(_)).then(criu::memory).flatten();
+            let hosts = Hosts::that_see(memory.as_ref().map(TempDir::path)).ok_or_else(|| "two hosts could not be made".to_owned())?;
             let over = AtomicBool::new(false);
             let measured = thread::scope(|scope| {
                 scope.spawn(|| {
@@ -158,9 +161,10 @@ fn start(hosts: &Hosts, item: &Item) -> Result<Program, String> {
         eyes,
         client: None,
     };
+    let nowhere = Path::new("/dev/null");
     let printing = |argv: &[String]| {
         let out = hosts.file("output");
-        let process = hosts.a.command(argv.to_vec()).stdio(Stdio::File(out.clone())).start();
+        let process = hosts.a.command(argv.to_vec()).says_to(&out).start();
         let grows = eventually(Duration::from_secs(10), || fs::metadata(&out).is_ok_and(|m| m.len() > 0));
         if let Some(ended) = process.ended() {
             return Err(format!(
@@ -180,9 +184,7 @@ fn start(hosts: &Hosts, item: &Item) -> Result<Program, String> {
         Workload::Memory(memory) => {
             let options = memory.options(item.port);
             let options: Vec<(&str, &str)> = options.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
-            // Its streams are opened within the host: CRIU dumps none of another mount namespace.
-            let within = ["sh", "-c", "exec \"$@\" </dev/null >/dev/null 2>&1", "sh"];
-            let guest = Guest::start_with(&hosts.a, "load", &options, |c| c.under(within));
+            let guest = Guest::start_with(&hosts.a, "load", &options, |c| c.says_to(nowhere));
             Program {
                 pid: guest.pid,
                 eyes: Eyes::Guest(guest),
@@ -200,7 +202,7 @@ fn start(hosts: &Hosts, item: &Item) -> Result<Program, String> {
             } else {
                 return Err("neither python3 nor node is installed".into());
             };
-            let server = hosts.a.command(argv).stdio(Stdio::Null).start();
+            let server = hosts.a.command(argv).says_to(nowhere).start();
             let client = Client::http(hosts, HTTP, ASK);
             client.wait_for(0, 10);
             Program {
@@ -212,7 +214,7 @@ fn start(hosts: &Hosts, item: &Item) -> Result<Program, String> {
             if migrate_harness::tool("redis-server").is_none() {
                 return Err("redis-server is not installed".into());
             }
-            let server = Redis::start(hosts, &hosts.a, REDIS, &["--save", ""]);
+            let server = Redis::start_with(hosts, &hosts.a, REDIS, &["--save", ""], |c| c.says_to(nowhere));
             let filled = Redis::of(&hosts.a, REDIS).ask(&["DEBUG", "POPULATE", "250000", "key", "1000"]);
             filled.map_err(|e| format!("redis was not filled: {e}"))?;
             Program {

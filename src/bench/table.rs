@@ -17,6 +17,9 @@ pub fn text(results: &Results) -> String {
         m.load
     );
     text += &format!("migrate      {}, tracker {}, link: {}\n", m.version, m.tracker, m.link);
+    if let Some(version) = &m.criu {
+        text += &format!("criu         {version}\n");
+    }
     let rate = |r: Option<f64>| r.map_or("not measured".to_owned(), |r| human::rate(r as u64));
     let c = &results.ceilings;
     text += &format!(
@@ -74,7 +77,7 @@ fn freezes(results: &Results) -> Vec<Vec<String>> {
         let optional = |value: Option<f64>, text: &dyn Fn(f64) -> String| value.map_or("-".to_owned(), text);
         rows.push(vec![
             case.workload.clone(),
-            case.mode.clone(),
+            mode(case),
             case.runs.len().to_string(),
             number(program.map(|s| s.median)),
             number(program.map(|s| s.p99)),
@@ -94,6 +97,14 @@ fn freezes(results: &Results) -> Vec<Vec<String>> {
         ]);
     }
     rows
+}
+
+/// With where CRIU's images were, if that makes it slower.
+fn mode(case: &Case) -> String {
+    if case.runs.iter().any(|r| r.report["images"] == "disk") {
+        return format!("{}, images on disk", case.mode);
+    }
+    case.mode.clone()
 }
 
 /// Memory a second in the first round, bytes; only of rounds that are long enough to say something.

@@ -134,6 +134,7 @@ fn machine(about: &Machine) -> Vec<(&'static str, String)> {
     vec![
         ("started", known(about.since > 0, utc(about.since))),
         ("migrate", about.version.clone()),
+        ("CRIU", about.criu.clone().unwrap_or_default()),
         ("link", about.link.clone()),
         ("CPU", about.cpu.clone()),
         ("logical CPUs", known(about.cpus > 0, about.cpus.to_string())),

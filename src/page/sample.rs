@@ -23,6 +23,7 @@ pub fn machine() -> Machine {
         kernel: "Linux 6.18.5 #1 SMP PREEMPT_DYNAMIC x86_64".into(),
         tracker: "wp-async".into(),
         version: "0.1.0".into(),
+        criu: Some("4.2".into()),
         link: "veth, 80 ms, 100 Mbit/s".into(),
         load: 0.31,
         since: 1_795_469_400,

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  0  u64  state of the guest          32  u64  longest gap between two beats, ns
-//!  8  u64  request of the test         40  u64  CLOCK_MONOTONIC at the last beat, ns
+//!  8  u64  request of the test         40  u64  the guest's clock at the last beat, ns
 //! 16  u64  number of the last request  48  u64  beats
 //!          that the guest carried out  56  u64  pid as the guest sees it
 //! 24  u64  number of this request      64  u64  operations, of guests that count them
@@ -53,7 +53,7 @@ pub struct Pulse {
     pub done: u64,
     /// Longest gap between two beats, nanoseconds.
     pub longest_gap_ns: u64,
-    /// CLOCK_MONOTONIC at the last beat, nanoseconds.
+    /// The guest's clock at the last beat, nanoseconds.
     pub last_beat_ns: u64,
     /// Beats so far.
     pub beats: u64,

@@ -4,13 +4,19 @@
 
 use crate::kit::{sys, sys0};
 use crate::wire::{Said, Spawn};
-use std::{ffi::CString, io, os::fd::RawFd, process::ExitCode};
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    io,
+    os::fd::{AsRawFd, RawFd},
+    process::ExitCode,
+};
 
 pub(crate) const CONTROL: RawFd = 0;
 
-/// Entry point; `name` becomes the host's name.
-pub fn main(name: &str) -> ExitCode {
-    match unshare_and_fork(name) {
+/// Entry point; `name` becomes the host's name. The directory `kept` of this machine stays visible, also where the host has a /run or /dev/shm of its own.
+pub fn main(name: &str, kept: Option<&str>) -> ExitCode {
+    match unshare_and_fork(name, kept) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("host {name}: {error}");
@@ -19,13 +25,13 @@ pub fn main(name: &str) -> ExitCode {
     }
 }
 
-fn unshare_and_fork(name: &str) -> io::Result<ExitCode> {
+fn unshare_and_fork(name: &str, kept: Option<&str>) -> io::Result<ExitCode> {
     let flags = libc::CLONE_NEWNET | libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
     sys!(unshare(flags))?;
     let pid = sys!(fork())?;
     if pid == 0 {
         sys!(prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
-        return first_process(name);
+        return first_process(name, kept);
     }
     say(&Said::Up { init: pid });
     let mut status = 0;
@@ -40,11 +46,16 @@ fn mount(what: &str, at: &str, kind: &str, flags: libc::c_ulong) -> io::Result<(
     Ok(())
 }
 
-fn first_process(name: &str) -> io::Result<ExitCode> {
+fn first_process(name: &str, kept: Option<&str>) -> io::Result<ExitCode> {
     mount("none", "/", "none", libc::MS_REC | libc::MS_PRIVATE)?;
     mount("proc", "/proc", "proc", 0)?;
+    let kept = kept.map(|at| File::open(at).map(|dir| (at, dir))).transpose()?;
     for at in ["/run", "/dev/shm"] {
         mount("tmpfs", at, "tmpfs", 0)?;
+    }
+    if let Some((at, dir)) = kept {
+        fs::create_dir_all(at)?;
+        mount(&format!("/proc/self/fd/{}", dir.as_raw_fd()), at, "none", libc::MS_BIND)?;
     }
     let host = CString::new(name)?;
     sys!(sethostname(host.as_ptr(), name.len()))?;

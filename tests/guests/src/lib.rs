@@ -1,7 +1,7 @@
 //! Guests: small programs that set something up, are moved, and find out for themselves whether anything is not as it was.
 //!
 //! `migrate-guest NAME --dir DIR [--option value]...` sets up, prints "ready", then beats into `DIR/control` and takes requests from there.
-//! Asked to verify, it writes "ok" or what differs to `DIR/verdict`. `migrate-guest host NAME` is the first process of a test host,
+//! Asked to verify, it writes "ok" or what differs to `DIR/verdict`. `migrate-guest host NAME [DIR]` is the first process of a test host,
 //! `migrate-guest vm PORT` that of a virtual machine, `migrate-guest trace PID` a debugger that does nothing.
 //!
 //! The program `migrate` carries them too, for its `bench`: `migrate guest NAME ...` is the same.
@@ -47,7 +47,7 @@ pub fn main(args: &[String]) -> ExitCode {
         return ExitCode::from(2);
     };
     if name == "host" {
-        return host::main(rest.first().map_or("host", |n| n));
+        return host::main(rest.first().map_or("host", |n| n), rest.get(1).map(String::as_str));
     }
     if name == "vm" {
         return vm::main(rest.first().map_or("", |p| p));

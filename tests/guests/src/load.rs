@@ -296,6 +296,7 @@ pub fn load(mut kit: Kit, options: &Options) -> io::Result<ExitCode> {
             .spawn(move || serve(&listener, &control))?;
     }
     written.last = Instant::now();
+    kit.by_the_time_of_day();
     kit.ready()?;
     let written = std::cell::RefCell::new(written);
     let mut steps = 0;

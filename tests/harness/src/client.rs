@@ -180,14 +180,24 @@ pub struct Redis<'a> {
 impl<'a> Redis<'a> {
     /// Starts a server that anybody may ask, with these arguments too, and waits until it answers. What it keeps and logs is in a directory of the hosts'.
     pub fn start(hosts: &Hosts, host: &'a Host, port: u16, more: &[&str]) -> Process<'a> {
+        Redis::start_with(hosts, host, port, more, |c| c.stdio(Stdio::File(hosts.file("redis-log"))))
+    }
+
+    /// The same, with a word about how it is started.
+    pub fn start_with(
+        hosts: &Hosts,
+        host: &'a Host,
+        port: u16,
+        more: &[&str],
+        how: impl FnOnce(crate::Command<'a>) -> crate::Command<'a>,
+    ) -> Process<'a> {
         let dir = hosts.file("redis");
         fs::create_dir_all(&dir).expect("a directory");
         let (port_text, dir_text) = (port.to_string(), dir.display().to_string());
         let mut argv = vec!["redis-server", "--port", &port_text, "--dir", &dir_text, "--appendonly", "no"];
         argv.extend(["--bind", "0.0.0.0", "--protected-mode", "no", "--enable-debug-command", "yes"]);
         argv.extend(more);
-        let log = Stdio::File(hosts.file("redis-log"));
-        let server = host.command(argv).stdio(log).cwd(&dir).start();
+        let server = how(host.command(argv)).cwd(&dir).start();
         Redis::of(host, port).wait();
         server
     }

@@ -117,13 +117,14 @@ impl Ended {
 }
 
 impl Host {
-    /// Starts one; `dir` is the test's directory.
-    pub(crate) fn start(name: &'static str, address: &'static str, dir: &Path) -> Host {
+    /// Starts one; `dir` is the test's directory, `kept` another that both see.
+    pub(crate) fn start(name: &'static str, address: &'static str, dir: &Path, kept: Option<&Path>) -> Host {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("a socket pair");
         let guest = guest_command();
         let child = std::process::Command::new(&guest[0])
             .args(&guest[1..])
             .args(["host", &format!("migrate-{name}")])
+            .args(kept)
             .stdin(ChildStdio::from(theirs))
             .stdout(ChildStdio::null())
             .spawn()
@@ -345,8 +346,8 @@ impl Host {
                 return Some(found);
             }
             assert!(!told.over, "{what}: host {} is gone", self.name);
-            drop(self.shared.news.wait_timeout(told, Duration::from_millis(50)));
-            None
+            let woken = self.shared.news.wait_timeout(told, Duration::from_millis(50));
+            look(&mut woken.unwrap_or_else(|e| e.into_inner()).0)
         })
     }
 
@@ -423,6 +424,15 @@ impl<'a> Command<'a> {
         self.spawn.terminal = stdio == Stdio::Terminal;
         self.stdio = stdio;
         self
+    }
+    /// Streams that a shell in the host opens: /dev/null, and both outputs into a file. CRIU dumps none of another mount namespace.
+    pub fn says_to(mut self, file: &Path) -> Self {
+        if let Some(program) = tool(&self.argv[0]) {
+            self.argv[0] = program.display().to_string();
+        }
+        let file = file.display().to_string();
+        self.stdio(Stdio::Null)
+            .under(["sh", "-c", "exec \"$@\" </dev/null >\"$0\" 2>&1", &file])
     }
     /// Ignores SIGHUP, as under nohup.
     pub fn nohup(mut self) -> Self {

@@ -1,7 +1,10 @@
 //! The two hosts and the link between them.
 
 use crate::{host::Host, tools::skip};
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 use tempfile::TempDir;
 
 /// Where a tree goes from and to.
@@ -11,11 +14,17 @@ pub struct Hosts {
     /// 10.77.0.2.
     pub b: Host,
     dir: TempDir,
+    kept: Option<PathBuf>,
 }
 
 impl Hosts {
     /// Makes them; `None` after a recorded skip when this machine cannot.
     pub fn new() -> Option<Hosts> {
+        Hosts::that_see(None)
+    }
+
+    /// The same; both see this directory too, which may be one of /dev/shm.
+    pub fn that_see(kept: Option<&Path>) -> Option<Hosts> {
         if !nix::unistd::geteuid().is_root() {
             skip("namespaces and ptrace of another session need root");
             return None;
@@ -28,8 +37,8 @@ impl Hosts {
             .prefix("migrate-test-")
             .tempdir()
             .expect("a directory for the test");
-        let a = Host::start("a", "10.77.0.1", dir.path());
-        let b = Host::start("b", "10.77.0.2", dir.path());
+        let a = Host::start("a", "10.77.0.1", dir.path(), kept);
+        let b = Host::start("b", "10.77.0.2", dir.path(), kept);
         let run = |args: &str| {
             let out = Command::new(&ip).args(args.split_whitespace()).output().expect("ip runs");
             assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
@@ -55,7 +64,8 @@ impl Hosts {
                 assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
             }
         }
-        Some(Hosts { a, b, dir })
+        let kept = kept.map(Path::to_owned);
+        Some(Hosts { a, b, dir, kept })
     }
 
     /// Cuts the link between them.
@@ -77,6 +87,11 @@ impl Hosts {
     /// A directory that both see, gone after the test.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Another one that both see, if they were made with one.
+    pub fn kept(&self) -> Option<&Path> {
+        self.kept.as_deref()
     }
 
     /// The other one.

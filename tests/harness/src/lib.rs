@@ -36,8 +36,8 @@ pub use hosts::Hosts;
 pub use pauses::Pauses;
 pub use relay::{Relay, Weather};
 pub use soak::soak;
-pub use tools::{carried_by, guest_binary, guest_command, migrate_binary, patience, python, skip, tool};
-pub use wait::{Standstill, abandon, eventually, within};
+pub use tools::{carried_by, guest_binary, guest_command, migrate_binary, newer_criu, patience, python, skip, tool};
+pub use wait::{Standstill, abandon, eventually, soon, within};
 
 /// Two hosts, or the end of the test with a named skip.
 #[macro_export]

@@ -44,6 +44,12 @@ pub fn tool(name: &str) -> Option<PathBuf> {
         .find(|p| p.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0))
 }
 
+/// The CRIU that `tests/criu.sh` has got, since the installed one does not work with this kernel.
+pub fn newer_criu() -> Option<PathBuf> {
+    let path = built().parent()?.join("criu/criu");
+    path.exists().then_some(path)
+}
+
 /// The interpreter itself: what is called python3 may be a script that looks for it.
 pub fn python() -> Option<PathBuf> {
     static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();

@@ -24,15 +24,20 @@ pub fn abandon() {
 
 /// Tries until it gives a value; panics with the name when it does not in time.
 pub fn within<T>(what: &str, limit: Duration, attempt: impl FnMut() -> Option<T>) -> T {
-    tried(limit, attempt).unwrap_or_else(|limit| panic!("{what}: not within {limit:?}"))
+    tried(limit, PAUSE, attempt).unwrap_or_else(|limit| panic!("{what}: not within {limit:?}"))
 }
 
 /// Does it become true in time?
 pub fn eventually(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
-    tried(limit, || holds().then_some(())).is_ok()
+    tried(limit, PAUSE, || holds().then_some(())).is_ok()
 }
 
-fn tried<T>(limit: Duration, mut attempt: impl FnMut() -> Option<T>) -> Result<T, Duration> {
+/// The same for what is measured with its wait: the pauses between the looks are a twentieth.
+pub fn soon(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    tried(limit, PAUSE / 20, || holds().then_some(())).is_ok()
+}
+
+fn tried<T>(limit: Duration, pause: Duration, mut attempt: impl FnMut() -> Option<T>) -> Result<T, Duration> {
     let limit = limit * patience();
     let mut waited = Duration::ZERO;
     while waited < limit && !ABANDONED.load(Ordering::SeqCst) {
@@ -40,7 +45,7 @@ fn tried<T>(limit: Duration, mut attempt: impl FnMut() -> Option<T>) -> Result<T
         if let Some(value) = attempt() {
             return Ok(value);
         }
-        thread::sleep(PAUSE);
+        thread::sleep(pause);
         waited += since.elapsed().min(COUNTS);
     }
     attempt().ok_or(limit)
