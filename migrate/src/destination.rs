@@ -748,11 +748,7 @@ async fn last<L: Link>(
         verify,
     } = state;
     // Memory that is locked can no longer be dropped, and is full: what it has comes first.
-    let locked = tree
-        .mms
-        .iter()
-        .flat_map(|m| &m.vmas)
-        .any(|v| v.flags.locked || v.flags.lock_on_fault);
+    let locked = tree.mms.iter().flat_map(|m| &m.vmas).any(|v| v.flags.is_locked());
     let mut laps = Laps::start();
     let number = rounds.len() as u32 + 1;
     let mut stdio = Some(stdio);

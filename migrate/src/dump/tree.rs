@@ -171,8 +171,8 @@ struct Read {
     states: Vec<Status>,
 }
 
-/// Reads everything of a frozen tree but the pages; `also` is the caller's look at their tables, once the rest is known and nothing is in the way. Signals that arrive in between are delivered and the
-/// question is asked again. `injectors` gets what was put into the processes, for a thaw that leaves no trace.
+/// Reads everything of a frozen tree but the pages; `also` is the caller's look at their tables, once the rest is known and nothing is in the way. Signals that
+/// arrive in between are delivered and the question is asked again. `injectors` gets what was put into the processes, for a thaw that leaves no trace.
 ///
 /// Asking and reading at once, on two threads, did not pay: on two cores the stub waited for one of them, and 0.3 ms became 1.3 as often as not.
 pub fn frozen<R>(

@@ -159,6 +159,13 @@ pub struct VmaFlags {
     pub droppable: bool,
 }
 
+impl VmaFlags {
+    /// Locked by mlock2(2), at once or each page when it is touched.
+    pub fn is_locked(&self) -> bool {
+        self.locked || self.lock_on_fault
+    }
+}
+
 /// A file both hosts must have, and what proves that it is the same one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FileId {

@@ -39,7 +39,7 @@ use std::collections::HashSet;
 /// Whether missing pages of a mapping can follow: see the module.
 pub fn can_wait(v: &Vma) -> bool {
     let f = &v.flags;
-    v.backing == Backing::Anonymous && !v.shared && !f.locked && !f.lock_on_fault && !f.wipe_on_fork && !f.droppable
+    v.backing == Backing::Anonymous && !v.shared && !f.is_locked() && !f.wipe_on_fork && !f.droppable
 }
 
 /// Names of the objects whose pages can follow: shared anonymous memory that no descriptor leads to, and of which no process has a mapping that
@@ -60,7 +60,7 @@ pub fn objects(tree: &Tree, names: &Names) -> HashSet<u32> {
             continue;
         };
         let f = &v.flags;
-        if !v.shared || !writable || offset % PAGE != 0 || f.locked || f.lock_on_fault {
+        if !v.shared || !writable || offset % PAGE != 0 || f.is_locked() {
             out.remove(&object);
         }
     }

@@ -331,7 +331,7 @@ pub fn after_pages(mm: &Mm, park: &Parking, guards: &[(u64, u64)], cap: usize) -
         out.push("PR_SET_THP_DISABLE", libc::SYS_prctl, &[PR_SET_THP_DISABLE, 1, 0, 0, 0]);
     }
     out.guards(guards);
-    for v in mm.vmas.iter().filter(|v| v.flags.locked || v.flags.lock_on_fault) {
+    for v in mm.vmas.iter().filter(|v| v.flags.is_locked()) {
         out.push(
             "mlock2",
             libc::SYS_mlock2,
