@@ -7,7 +7,7 @@ use std::{
     process::ExitCode,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     thread,
     time::Duration,
@@ -274,6 +274,7 @@ pub fn xstate(mut kit: Kit) -> io::Result<ExitCode> {
         wrong: Mutex<Option<String>>,
     }
     crate::kit::bind_here()?;
+    let begun = Arc::new(AtomicUsize::new(0));
     let mut workers = Vec::new();
     for (name, run) in kinds {
         for sleeps in [false, true] {
@@ -284,8 +285,10 @@ pub fn xstate(mut kit: Kit) -> io::Result<ExitCode> {
                 wrong: Mutex::new(None),
             });
             workers.push(Arc::clone(&worker));
+            let begun = Arc::clone(&begun);
             thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(move || {
                 crate::kit::yield_to_others();
+                begun.fetch_add(1, Ordering::SeqCst);
                 loop {
                     let result = run(&worker.gate);
                     worker.gate.go.store(0, Ordering::SeqCst);
@@ -297,6 +300,10 @@ pub fn xstate(mut kit: Kit) -> io::Result<ExitCode> {
             })?;
         }
     }
+    // Their niceness is in the picture that is compared later.
+    let all = || begun.load(Ordering::SeqCst) == workers.len();
+    let all = crate::kit::within(Duration::from_secs(20), all);
+    kit.check(all, "not every thread has begun");
     thread::sleep(Duration::from_millis(100));
     kit.ready()?;
     Ok(kit.run(
