@@ -15,7 +15,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::{
-        fd::AsRawFd,
+        fd::{AsFd, AsRawFd},
         unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
@@ -114,10 +114,25 @@ type Unfinished = (File, Option<PathBuf>);
 /// open(2)); where the file system has no such files it has another name, and [`Journal::prune`] removes what a killed agent left.
 fn unfinished(path: &Path) -> io::Result<Unfinished> {
     let dir = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(match nameless(dir)? {
+        Some(file) => (file, None),
+        None => named(path)?,
+    })
+}
+
+/// A file in this directory that has no name, so that nothing is left of it unless somebody gives it one ([`give_name`]). None: the file system has no such
+/// files.
+pub(crate) fn nameless(dir: &Path) -> io::Result<Option<File>> {
     match writable().custom_flags(libc::O_TMPFILE).open(dir) {
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => named(path),
-        opened => Ok((opened?, None)),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => Ok(None),
+        opened => opened.map(Some),
     }
+}
+
+/// Gives an open file (another) name. Unlike a rename, a link never replaces: AlreadyExists.
+pub(crate) fn give_name(fd: impl AsFd, path: &Path) -> io::Result<()> {
+    let fd = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    Ok(linkat(CWD, fd, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
 }
 
 fn named(path: &Path) -> io::Result<Unfinished> {
@@ -153,9 +168,8 @@ impl Journal {
         file.write_all(MAGIC)?;
         let mut j = Journal { path, file };
         j.update(entry)?;
-        // Unlike a rename, a link never replaces: whoever comes first with an id has it.
-        let fd = format!("/proc/self/fd/{}", j.file.as_raw_fd());
-        let linked = linkat(CWD, fd, CWD, &j.path, AtFlags::SYMLINK_FOLLOW);
+        // Whoever comes first with an id has it.
+        let linked = give_name(&j.file, &j.path);
         if let Some(name) = temporary {
             fs::remove_file(name)?;
         }

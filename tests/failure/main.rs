@@ -231,6 +231,27 @@ fn receiver_killed_at_random_instants() {
     killed_at_random_instants(Victim::Receiver, rounds());
 }
 
+/// At the moments when it starts the keeper, which has heard nothing yet: that ends too, and leaves nothing.
+#[test]
+fn receiver_killed_while_it_starts_the_keeper() {
+    let hosts = two_hosts!();
+    for step in ["keeper's log#1", "keeper spawned#1", "sent Accept#1"] {
+        let guest = Guest::start(&hosts.a, "counter", &[]);
+        let (sender, receiver) = steps::standing_at(&hosts, &guest, Victim::Receiver, step, &["--mode", "post-copy"]);
+        receiver.process.signal(Signal::SIGKILL);
+        receiver.process.wait_for(Duration::from_secs(5));
+        sender.wait_for(Duration::from_secs(60));
+        let (host, pid) = lives_on_once(&hosts, &guest, step);
+        assert_eq!(host.name(), "a", "{step}");
+        goes_on(&guest, step);
+        host.signal(pid, Signal::SIGKILL);
+        within("end of the guest", Duration::from_secs(10), || {
+            copies(&hosts, &guest).is_empty().then_some(())
+        });
+        nothing_left(&hosts, step);
+    }
+}
+
 /// The program is in the vdso nearly all the time, and the agent is killed while it gets it out of there, too.
 #[test]
 fn sender_killed_while_the_program_looks_at_clocks() {

@@ -4,7 +4,10 @@ use super::{
     audit::Watched,
     ipc::{Channel, FromKeeper, RING, ToKeeper},
 };
-use crate::sys::{region::Region, uffd::Userfault};
+use crate::{
+    journal,
+    sys::{region::Region, uffd::Userfault},
+};
 use std::{
     fs::File,
     io,
@@ -70,6 +73,18 @@ fn socket(state_dir: &Path, id: &str) -> PathBuf {
     directory(state_dir).join(id)
 }
 
+/// Where a keeper writes what goes wrong. It has no name ([`super::pager`] gives it one) until the keeper is on its own: an agent that is killed before leaves nothing.
+fn log(dir: &Path, socket: &Path) -> io::Result<File> {
+    match journal::nameless(dir)? {
+        Some(file) => Ok(file),
+        None => std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(socket.with_extension("log")),
+    }
+}
+
 /// A path that fits into a socket's address, however deep the directory is.
 pub fn short(path: &Path) -> io::Result<(File, PathBuf)> {
     let bad = || io::Error::new(io::ErrorKind::InvalidInput, "not a path of a socket");
@@ -89,12 +104,8 @@ impl Keeper {
         let ring = File::from(rustix::fs::memfd_create("migrate pages", rustix::fs::MemfdFlags::CLOEXEC)?);
         ring.set_len(RING as u64)?;
         let (ours, theirs) = UnixStream::pair()?;
-        // Only what goes wrong is in it; a keeper that ends well removes it.
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(socket(state_dir, id).with_extension("log"))?;
+        let log = log(&directory(state_dir), &socket(state_dir, id))?;
+        crate::steps::reached("keeper's log");
         let mut child = Command::new("/proc/self/exe")
             .arg0("migrate")
             .arg(COMMAND)
@@ -103,6 +114,7 @@ impl Keeper {
             .stderr(log)
             .current_dir("/")
             .spawn()?;
+        crate::steps::reached("keeper spawned");
         // It ends by itself; waited for only so that no zombie is left while this agent goes on.
         std::thread::Builder::new().name("keeper".into()).spawn(move || child.wait())?;
         let mut channel = Channel::new(ours);
@@ -157,7 +169,7 @@ impl Keeper {
 
     /// Finds the keeper that an earlier agent left. NotFound: there is none.
     pub fn adopt(state_dir: &Path, id: &str) -> io::Result<Keeper> {
-        if !crate::journal::valid_id(id) {
+        if !journal::valid_id(id) {
             return Err(io::ErrorKind::NotFound.into());
         }
         let path = socket(state_dir, id);
@@ -181,7 +193,7 @@ impl Keeper {
 
     /// Whether an earlier agent left one for this migration.
     pub fn exists(state_dir: &Path, id: &str) -> bool {
-        crate::journal::valid_id(id) && socket(state_dir, id).exists()
+        journal::valid_id(id) && socket(state_dir, id).exists()
     }
 }
 

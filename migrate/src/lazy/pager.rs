@@ -19,6 +19,7 @@ use super::{
 use crate::{
     dump::pages::OBJECT_SPACE,
     image::PAGE,
+    journal,
     report::FaultLatency,
     sys::{
         priority,
@@ -131,97 +132,136 @@ pub fn main() -> io::Result<()> {
     ended
 }
 
+/// What goes wrong is written to standard error, a file without a name at first ([`super::keeper::Keeper::spawn`]).
+struct Log(PathBuf);
+
+impl Log {
+    /// From now on somebody may want to read it. Where the file system has no files without a name it is there already.
+    fn keep(&self) {
+        let nameless = rustix::fs::fstat(io::stderr()).is_ok_and(|s| s.st_nlink == 0);
+        if nameless {
+            let _ = journal::give_name(io::stderr(), &self.0);
+        }
+    }
+
+    fn remove(&self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// The agent has ended.
+fn gone(e: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(e.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+}
+
 /// Runs until the program has all its pages and an agent knows, or the program is gone. `socket`: the agent that started this process.
 pub fn run(socket: UnixStream) -> io::Result<()> {
     let mut agent = Channel::new(socket);
-    let ToKeeper::Setup { socket } = agent.recv()? else {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "something else came before the setup"));
+    let socket = match agent.recv() {
+        Ok(ToKeeper::Setup { socket }) => PathBuf::from(socket),
+        Ok(_) => return Err(io::Error::new(io::ErrorKind::InvalidData, "something else came before the setup")),
+        Err(e) if gone(&e) => return Ok(()),
+        Err(e) => return Err(e),
     };
-    let ring_fd = agent.descriptor()?;
-    let ring = Region::map(&ring_fd, RING, 0)?;
-    let mut keeper = Keeper {
-        table: Table::default(),
-        fds: Vec::new(),
-        ring,
-        ring_fd,
-        agent: None,
-        listener: None,
-        socket: PathBuf::from(socket),
-        urgent: VecDeque::new(),
-        bulk: VecDeque::new(),
-        waiting: HashMap::new(),
-        touched: HashMap::new(),
-        objects: HashMap::new(),
-        again: Vec::new(),
-        born: 0,
-        latencies: Vec::new(),
-        stats: Stats::default(),
-        audit: Audit::default(),
-        list: false,
-        told: false,
-        bye: false,
-    };
-    let log = keeper.socket.with_extension("log");
-    // An agent that ends before the start takes the copy with it: so does this process then.
-    loop {
-        let m = match agent.recv() {
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                let _ = std::fs::remove_file(log);
-                return Ok(());
-            }
-            m => m?,
-        };
-        match m {
-            ToKeeper::Space {
-                regions,
-                missing,
-                expected,
-            } => {
-                let fd = Userfault::from_fd(agent.descriptor()?);
-                // At the beginning every region is where it was at the source.
-                if let (Some(hashes), Some(first)) = (expected, regions.first()) {
-                    let watched = Watched::from_fds(agent.descriptor()?, agent.descriptor()?);
-                    keeper.audit.watch(keeper.fds.len(), watched, first.2, &missing, hashes);
-                }
-                let regions = regions
-                    .into_iter()
-                    .map(|(start, end, name, origin)| Mapped { start, end, name, origin });
-                keeper.table.add(regions, missing);
-                keeper.fds.push(Some(fd));
-            }
-            ToKeeper::Object {
-                name,
-                size,
-                missing,
-                expected,
-            } => {
-                let object = Object::open(&agent.descriptor()?, size, expected)?;
-                keeper.objects.insert(name, object);
-                keeper.table.add_object(name, missing);
-            }
-            ToKeeper::Start => break,
-            other => {
-                return Err(io::Error::new(
-                    io::ErrorKind::InvalidData,
-                    format!("{other:?} came before the start"),
-                ));
-            }
+    let log = Log(socket.with_extension("log"));
+    let mut keeper = match Keeper::set_up(agent, socket) {
+        Ok(keeper) => keeper,
+        // The copy ends with its agent, and so does this process then.
+        Err(e) if gone(&e) => {
+            log.remove();
+            return Ok(());
         }
-    }
-    let _ = std::fs::remove_file(&keeper.socket);
-    let (_dir, short) = super::keeper::short(&keeper.socket)?;
-    keeper.listener = Some(UnixListener::bind(short)?);
-    agent.send(&FromKeeper::Ready, &[])?;
-    keeper.agent = Some(agent);
+        Err(e) => {
+            log.keep();
+            return Err(e);
+        }
+    };
+    log.keep();
     let r = keeper.work();
     let _ = std::fs::remove_file(&keeper.socket);
     if r.is_ok() && keeper.stats.anomalies == 0 && keeper.stats.different == 0 {
-        let _ = std::fs::remove_file(log);
+        log.remove();
     }
     r
 }
 
 impl Keeper {
+    /// Everything up to the start, and the answer to that.
+    fn set_up(mut agent: Channel, socket: PathBuf) -> io::Result<Keeper> {
+        let ring_fd = agent.descriptor()?;
+        let ring = Region::map(&ring_fd, RING, 0)?;
+        let mut keeper = Keeper {
+            table: Table::default(),
+            fds: Vec::new(),
+            ring,
+            ring_fd,
+            agent: None,
+            listener: None,
+            socket,
+            urgent: VecDeque::new(),
+            bulk: VecDeque::new(),
+            waiting: HashMap::new(),
+            touched: HashMap::new(),
+            objects: HashMap::new(),
+            again: Vec::new(),
+            born: 0,
+            latencies: Vec::new(),
+            stats: Stats::default(),
+            audit: Audit::default(),
+            list: false,
+            told: false,
+            bye: false,
+        };
+        loop {
+            match agent.recv()? {
+                ToKeeper::Space {
+                    regions,
+                    missing,
+                    expected,
+                } => {
+                    let fd = Userfault::from_fd(agent.descriptor()?);
+                    // At the beginning every region is where it was at the source.
+                    if let (Some(hashes), Some(first)) = (expected, regions.first()) {
+                        let watched = Watched::from_fds(agent.descriptor()?, agent.descriptor()?);
+                        keeper.audit.watch(keeper.fds.len(), watched, first.2, &missing, hashes);
+                    }
+                    let regions = regions
+                        .into_iter()
+                        .map(|(start, end, name, origin)| Mapped { start, end, name, origin });
+                    keeper.table.add(regions, missing);
+                    keeper.fds.push(Some(fd));
+                }
+                ToKeeper::Object {
+                    name,
+                    size,
+                    missing,
+                    expected,
+                } => {
+                    let object = Object::open(&agent.descriptor()?, size, expected)?;
+                    keeper.objects.insert(name, object);
+                    keeper.table.add_object(name, missing);
+                }
+                ToKeeper::Start => break,
+                other => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        format!("{other:?} came before the start"),
+                    ));
+                }
+            }
+        }
+        let _ = std::fs::remove_file(&keeper.socket);
+        let (_dir, short) = super::keeper::short(&keeper.socket)?;
+        keeper.listener = Some(UnixListener::bind(short)?);
+        if let Err(e) = agent.send(&FromKeeper::Ready, &[]) {
+            let _ = std::fs::remove_file(&keeper.socket);
+            return Err(e);
+        }
+        keeper.agent = Some(agent);
+        Ok(keeper)
+    }
+
     fn work(&mut self) -> io::Result<()> {
         // What was read along with the start is in no socket any more, and nothing may follow it.
         self.hear();
