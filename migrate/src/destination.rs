@@ -272,7 +272,7 @@ pub async fn serve<L: Link>(
         draining: draining.is_some(),
     };
     let told = wire::send(&mut link, &Message::Running(running)).await;
-    site.awake = None;
+    (site.awake, site.keeper) = (None, None);
     entry.stage = Stage::Running;
     let _ = journal.update(&entry);
     steps::reached("noted that it runs");
@@ -873,9 +873,10 @@ async fn last<L: Link>(
         let of = h.later_hashes.iter().filter(|l| l.0 == name);
         hashes.extend(of.map(|l| (l.1, l.2)));
     }
-    let keeper = match site.keeper.take() {
-        Some(keeper) if !armed.is_empty() => Some(start_keeper(keeper, armed, objects)?),
-        _ => None,
+    // One that is not needed has time to end when the copy runs.
+    let keeper = match site.keeper.take_if(|_| !armed.is_empty()) {
+        Some(keeper) => Some(start_keeper(keeper, armed, objects)?),
+        None => None,
     };
     laps.lap("keeper");
     laps.log("restore");

@@ -1,6 +1,6 @@
 //! Address spaces: mappings classified, and everything that cannot move named.
 
-use super::{fds::Order, files, objects::ObjectTable};
+use super::{fds::Known, files, objects::ObjectTable};
 use crate::{
     blocker::Blocker,
     image::{Backing, FileId, Object, ObjectKind, Vma, VmaFlags},
@@ -44,8 +44,8 @@ pub struct Cache {
     pub stopped: bool,
     /// Files behind mappings, by device, inode and name, as seen in this look: a library is mapped in five pieces.
     seen: HashMap<FileKey, (rustix::fs::Stat, Vec<u8>)>,
-    /// The order of descriptors that look alike.
-    pub order: Order,
+    /// Of descriptors.
+    pub known: Known,
     /// Ranges were registered with a userfaultfd of this agent: that the mappings say so is no obstacle.
     pub tracked: bool,
 }

@@ -59,7 +59,7 @@ pub(super) struct Context<'a> {
     pub raws: Vec<table::Raw>,
     pub mode: Mode,
     pub objects: &'a mut ObjectTable,
-    pub probes: options::Probes,
+    pub probes: &'a mut options::Probes,
     pub diag: unix::Diag,
     pub special: file::Devices,
     blockers: &'a mut Vec<Blocker>,
@@ -72,6 +72,7 @@ impl<'a> Context<'a> {
         raws: Vec<table::Raw>,
         mode: Mode,
         objects: &'a mut ObjectTable,
+        probes: &'a mut options::Probes,
         blockers: &'a mut Vec<Blocker>,
     ) -> Self {
         let process = |(&source, dirs)| Process {
@@ -85,7 +86,7 @@ impl<'a> Context<'a> {
             raws,
             mode,
             objects,
-            probes: options::Probes::default(),
+            probes,
             diag: unix::Diag::default(),
             special: file::Devices::default(),
             blockers,

@@ -39,8 +39,6 @@ mod timerfd;
 mod udp;
 mod unix;
 
-pub use sharing::Order;
-
 use super::objects::ObjectTable;
 use crate::{
     blocker::Blocker,
@@ -68,6 +66,15 @@ pub enum Mode {
     Outline,
     /// The tree is stopped: everything counts.
     Frozen,
+}
+
+/// What an inventory leaves for the looks after it: nothing but what they would find out as well.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// The order of descriptors that look alike.
+    order: sharing::Order,
+    /// Options of fresh sockets, of which making one and asking it for eighty takes as long as looking at a socket of the tree.
+    probes: options::Probes,
 }
 
 /// The descriptors of a tree.
@@ -114,7 +121,7 @@ impl DumpError {
 /// Dumps the descriptors of `processes`.
 ///
 /// `objects` collects unlinked files and memfds, shared with the dump of mappings; their content is not read here. Whatever cannot move
-/// is added to `blockers` and missing in the result. `order`: what an inventory leaves for the looks after it.
+/// is added to `blockers` and missing in the result. `known`: what earlier looks have found out.
 ///
 /// # Errors
 /// A failed system call: for [`Mode::Frozen`] also when a process or descriptor has vanished.
@@ -122,10 +129,10 @@ pub fn dump(
     processes: &[Source],
     objects: &mut ObjectTable,
     mode: Mode,
-    order: &mut Order,
+    known: &mut Known,
     blockers: &mut Vec<Blocker>,
 ) -> Result<Tables, DumpError> {
-    dump_selected(processes, objects, mode, order, blockers, &|_| true)
+    dump_selected(processes, objects, mode, known, blockers, &|_| true)
 }
 
 /// [`dump`], of the descriptor numbers that `wanted` lets through only: the others are as if closed.
@@ -133,7 +140,7 @@ pub fn dump_selected(
     processes: &[Source],
     objects: &mut ObjectTable,
     mode: Mode,
-    order: &mut Order,
+    known: &mut Known,
     blockers: &mut Vec<Blocker>,
     wanted: &dyn Fn(i32) -> bool,
 ) -> Result<Tables, DumpError> {
@@ -145,8 +152,8 @@ pub fn dump_selected(
     }
     let dirs = processes.iter().map(table::dirs).collect::<Result<Vec<_>, _>>()?;
     let raws = table::read(processes, &dirs, mode, wanted)?;
-    let opens = sharing::group(processes, &raws, mode, order)?;
-    let mut context = Context::new(processes, dirs, raws, mode, objects, blockers);
+    let opens = sharing::group(processes, &raws, mode, &mut known.order)?;
+    let mut context = Context::new(processes, dirs, raws, mode, objects, &mut known.probes, blockers);
     for (a, b) in sharing::shared_tables(processes) {
         context.refuse_table_sharing(a, b);
     }

@@ -168,7 +168,7 @@ fn table(domain: i32, kind: i32, protocol: i32) -> impl Iterator<Item = (i32, i3
 type Values = Vec<Option<Vec<u8>>>;
 
 /// Fresh sockets' options, by (domain, type, protocol).
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Probes {
     fresh: HashMap<(i32, i32, i32), Values>,
 }

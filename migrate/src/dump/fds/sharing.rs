@@ -25,7 +25,7 @@ impl Open {
 
 /// The kernel's order of descriptors that look alike, as an earlier look found it: the place in it, by process and number.
 #[derive(Debug, Default)]
-pub struct Order(HashMap<(i32, i32), u32>);
+pub(super) struct Order(HashMap<(i32, i32), u32>);
 
 #[cfg(test)]
 impl Order {

@@ -21,7 +21,7 @@ fn me() -> Source {
 fn dump_own(fds: &[RawFd], mode: Mode) -> (Tables, Vec<Blocker>, ObjectTable) {
     let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
     let wanted = |fd: i32| fds.contains(&fd);
-    let tables = dump_selected(&[me()], &mut objects, mode, &mut Order::default(), &mut blockers, &wanted).unwrap();
+    let tables = dump_selected(&[me()], &mut objects, mode, &mut Known::default(), &mut blockers, &wanted).unwrap();
     (tables, blockers, objects)
 }
 
@@ -31,7 +31,7 @@ fn dump_child(pid: u32, fds: &[RawFd]) -> (Tables, Vec<Blocker>) {
         pid: pid as i32,
         inner_pid: pid as i32,
     };
-    let tables = dump_selected(&[source], &mut objects, Mode::Frozen, &mut Order::default(), &mut blockers, &|fd| {
+    let tables = dump_selected(&[source], &mut objects, Mode::Frozen, &mut Known::default(), &mut blockers, &|fd| {
         fds.contains(&fd)
     })
     .unwrap();
@@ -113,7 +113,7 @@ fn fork_shares() {
         }
     }
     let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
-    let t = dump_selected(&sources, &mut objects, Mode::Frozen, &mut Order::default(), &mut blockers, &|fd| {
+    let t = dump_selected(&sources, &mut objects, Mode::Frozen, &mut Known::default(), &mut blockers, &|fd| {
         fd == 0
     });
     for c in &mut children {
@@ -151,7 +151,7 @@ fn ten_thousand_files_are_fast() {
     for round in 0..3 {
         let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
         let (start, busy) = (std::time::Instant::now(), cpu_time());
-        let t = dump_selected(&[me()], &mut objects, Mode::Frozen, &mut Order::default(), &mut blockers, &|fd| {
+        let t = dump_selected(&[me()], &mut objects, Mode::Frozen, &mut Known::default(), &mut blockers, &|fd| {
             fd >= low && mine.contains(&fd)
         })
         .unwrap();
@@ -401,17 +401,50 @@ fn an_order_known_before_is_a_hint() {
         .flatten()
         .collect();
     let numbers: Vec<RawFd> = all.iter().map(AsRawFd::as_raw_fd).collect();
-    let look = |mode, order: &mut Order| {
+    let look = |mode, known: &mut Known| {
         let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
-        dump_selected(&[me()], &mut objects, mode, order, &mut blockers, &|fd| numbers.contains(&fd)).unwrap()
+        dump_selected(&[me()], &mut objects, mode, known, &mut blockers, &|fd| numbers.contains(&fd)).unwrap()
     };
-    let plain = look(Mode::Frozen, &mut Order::default());
+    let plain = look(Mode::Frozen, &mut Known::default());
     assert_eq!(plain.descriptions.len(), 40);
-    let mut known = Order::default();
+    let mut known = Known::default();
     assert_eq!(look(Mode::Inventory, &mut known), plain);
     assert_eq!(look(Mode::Frozen, &mut known), plain);
     for wrong in [1, 2, 7, 13] {
-        let mut order = known.mixed(wrong);
-        assert_eq!(look(Mode::Frozen, &mut order), plain, "{wrong}");
+        let mut known = Known {
+            order: known.order.mixed(wrong),
+            ..Known::default()
+        };
+        assert_eq!(look(Mode::Frozen, &mut known), plain, "{wrong}");
     }
+}
+
+/// What fresh sockets are like is known from an earlier look; what this one has been given since is not.
+#[test]
+fn options_are_found_with_what_an_inventory_has_left() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = socket2::SockRef::from(&listener);
+    let number = listener.as_raw_fd();
+    let look = |mode, known: &mut Known| {
+        let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
+        let tables = dump_selected(&[me()], &mut objects, mode, known, &mut blockers, &|fd| fd == number).unwrap();
+        assert!(blockers.is_empty(), "{blockers:?}");
+        match &tables.descriptions[..] {
+            [
+                Description {
+                    kind: Kind::Tcp { socket, .. },
+                    ..
+                },
+            ] => socket.options.clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let mut known = Known::default();
+    let before = look(Mode::Inventory, &mut known);
+    socket.set_keepalive(true).unwrap();
+    let kept = look(Mode::Frozen, &mut known);
+    assert_ne!(kept, before);
+    assert_eq!(kept, look(Mode::Frozen, &mut Known::default()));
+    socket.set_keepalive(false).unwrap();
+    assert_eq!(look(Mode::Frozen, &mut known), before);
 }

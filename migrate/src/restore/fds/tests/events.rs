@@ -206,7 +206,7 @@ asyncio.run(main())
         &[source],
         &mut objects,
         Mode::Frozen,
-        &mut crate::dump::fds::Order::default(),
+        &mut crate::dump::fds::Known::default(),
         &mut blockers,
     );
     signal(nix::sys::signal::Signal::SIGKILL);

@@ -9,7 +9,7 @@ use super::*;
 use crate::{
     dump::{
         fds::{
-            Mode, Order, Source, Tables, dump_selected,
+            Known, Mode, Source, Tables, dump_selected,
             tests::{hung_up, settle},
         },
         objects::ObjectTable,
@@ -34,7 +34,7 @@ fn dumped(fds: &[RawFd]) -> (Tables, ObjectTable) {
     let pid = std::process::id() as i32;
     let (mut objects, mut blockers) = (ObjectTable::new(), Vec::new());
     let source = Source { pid, inner_pid: pid };
-    let tables = dump_selected(&[source], &mut objects, Mode::Frozen, &mut Order::default(), &mut blockers, &|fd| {
+    let tables = dump_selected(&[source], &mut objects, Mode::Frozen, &mut Known::default(), &mut blockers, &|fd| {
         fds.contains(&fd)
     })
     .unwrap();
