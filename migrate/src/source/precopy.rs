@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     image::{Host, PAGE},
-    plan::{Decision, Planner, RoundFacts},
+    plan::{Decision, Planner, RoundFacts, Why},
     report::{Event, Events, Failure, Mode, Round, SendOptions},
     sys::{awake::Awake, priority::Background},
     tracer::Tracer,
@@ -27,6 +27,11 @@ use tokio_util::sync::CancellationToken;
 /// Transfers of this length are not put off: with 1 ms, a GiB that writes 50 MB/s was frozen for 5.5 to 8.6 ms, of which registering and starting the
 /// keeper were more than what it saved; sent within the freeze the same pages make it 4 to 5.5.
 const WORTH_WAITING: Duration = Duration::from_millis(3);
+
+/// What a look found last is sent once more if the link carries it in this time, and an answer takes no longer: the freeze follows without another look, and has to send only what
+/// was written since. Of a GiB that writes 50 MB/s these are 37 pages, and 77 with those that the look had found; the freeze became shorter by a tenth to a sixth. Not
+/// to wait for the answer left 26 pages, but what was under way then kept the cores from those that stop the tree (0.5 ms instead of 0.2).
+const SOON: Duration = Duration::from_millis(1);
 
 /// Rounds that only drop pages, at most.
 const LETTING_GO: u32 = 4;
@@ -178,7 +183,7 @@ impl Job<'_> {
         let mut planner = Planner::new(self.options.limits(), self.options.mode, self.fixed.now());
         let start = Instant::now();
         let mut prepared = self.look(tracked).await?;
-        loop {
+        let once_more = loop {
             let began = Instant::now();
             let (round, raw) = self.round(link, tracked, prepared).await?;
             prepared = self.look(tracked).await?;
@@ -215,7 +220,7 @@ impl Job<'_> {
                             ),
                         });
                     }
-                    break;
+                    break !matches!(why, Why::RoundCap | Why::TimeCap) && self.soon(link, &prepared);
                 }
                 Decision::GoLazy { lazy, why, .. } => {
                     (self.events)(Event::Note {
@@ -225,11 +230,22 @@ impl Job<'_> {
                             why.name()
                         ),
                     });
-                    break;
+                    break false;
                 }
             }
+        };
+        if once_more {
+            return self.round(link, tracked, prepared).await.map(drop);
         }
         self.leave(link, tracked, &prepared).await
+    }
+
+    /// See [`SOON`].
+    fn soon<L: Link>(&self, link: &L, p: &Prepared) -> bool {
+        let bytes = p.bytes();
+        let something = bytes > 0 || p.tree.is_some() || !p.drops.is_empty();
+        let fits = bytes as f64 <= self.terms().rate * SOON.as_secs_f64();
+        something && fits && link.rtt() <= SOON && !self.follows(p.dirty)
     }
 
     /// This much is left for after the resume rather than sent before it.
