@@ -754,17 +754,28 @@ async fn last<L: Link>(
     let mut stdio = Some(stdio);
     let (memory, sink, mut round) = if let Some(stdio) = stdio.take_if(|_| expected <= MEANWHILE && !locked) {
         let (open, way) = oneshot::channel();
+        // The last step, with the guard regions, is taken without waiting for the pages; not taken if nothing comes here.
+        let (all, rest) = std::sync::mpsc::channel::<Vec<Vec<(u64, u64)>>>();
         let coming = async {
-            let m = memory(link).await?;
-            // Without a way something failed, which is what is told.
+            let mut m = memory(link).await?;
+            let little = m.drops.is_empty() && m.later.is_empty() && !m.narrowed && m.bytes <= MEANWHILE;
+            if little {
+                // Nobody waits for it when something failed, which is what is told.
+                let _ = all.send(std::mem::take(&mut m.guards));
+            }
+            drop(all);
             let sink = way.await.map_err(|_| String::new())?;
-            if m.drops.is_empty() && m.later.is_empty() && m.bytes <= MEANWHILE {
+            if little {
                 let round = pages(link, sink, number, m.bytes, events).await?.0;
                 return Ok((m, None, Some(round)));
             }
             Ok::<_, String>((m, Some(sink), None))
         };
-        let prepare = move |c: &mut Rebuild| c.prepare(&stdio, &[]).map_err(|e| e.to_string());
+        let prepare = move |c: &mut Rebuild| {
+            c.prepare(&stdio, &[])
+                .and_then(|()| rest.recv().map_or(Ok(()), |guards| c.contexts(&guards)))
+                .map_err(|e| e.to_string())
+        };
         let (came, prepared) = tokio::join!(coming, site.shape_and(tree, names, Vec::new(), open, prepare));
         prepared?;
         came?
@@ -807,7 +818,8 @@ async fn last<L: Link>(
             round = Some(pages(link, sink, number, bytes, events).await?.0);
             site.with(complete).await??;
         }
-        None => site.with(complete).await??,
+        // It is complete.
+        None => {}
     }
     let round = round.unwrap_or_default();
     rounds.push(round);
