@@ -209,6 +209,7 @@ pub async fn serve<L: Link>(
         state_dir: &state_dir,
         peer: link.peer().fingerprint.to_string(),
         copy: None,
+        begun: false,
         lazy,
         keeper,
         awake: None,
@@ -229,8 +230,10 @@ pub async fn serve<L: Link>(
     ) = match built.and_then(|a| Ok((a, site.copy.take().ok_or("nothing arrived")?))) {
         Ok(b) => b,
         Err(reason) => {
-            // Everything built so far dies with its guard. Whoever asks later hears the same: nothing is known of it.
-            let began = site.copy.is_some();
+            // Everything built so far dies with its guard, at the latest when what the thread was busy with has ended. Whoever asks later hears the same: nothing
+            // is known of it.
+            let began = site.begun;
+            let _ = tracer.call(|| ()).await;
             drop((site.copy.take(), site.keeper.take(), site.awake.take(), slot));
             if let Ok((journal, _)) = Journal::open(&state_dir, &id, Side::Destination) {
                 let _ = journal.remove();
@@ -518,6 +521,8 @@ struct Site<'a> {
     state_dir: &'a Path,
     peer: String,
     copy: Option<Copy>,
+    /// There was one: the thread that owns it may be busy with it just now.
+    begun: bool,
     /// Pages may follow.
     lazy: bool,
     keeper: Option<Keeper>,
@@ -613,6 +618,7 @@ impl Site<'_> {
         };
         let journal = Journal::create(self.state_dir, &entry)
             .map_err(|e| format!("cannot write the journal in {}: {e}", self.state_dir.display()))?;
+        self.begun = true;
         let word = journal.file().try_clone().map_err(|e| e.to_string())?;
         let descriptors = self.descriptors;
         let built = self
