@@ -584,14 +584,14 @@ fn process_blockers(p: &Proc, states: &[Status], here: &str, procs: &[Proc], i: 
     let own = (i > 0).then(|| Namespaces::of(p.pid));
     let theirs = own.as_ref().unwrap_or(root);
     let ours = Namespaces::ours();
-    for (ns, what) in [
-        (Ns::Net, "network"),
-        (Ns::Ipc, "IPC"),
-        (Ns::Uts, "UTS"),
-        (Ns::User, "user"),
-        (Ns::Cgroup, "cgroup"),
+    for (a, b, what) in [
+        (&theirs.net, &ours.net, "network"),
+        (&theirs.ipc, &ours.ipc, "IPC"),
+        (&theirs.uts, &ours.uts, "UTS"),
+        (&theirs.user, &ours.user, "user"),
+        (&theirs.cgroup, &ours.cgroup, "cgroup"),
     ] {
-        if let (Some(a), Some(b)) = (theirs.get(ns), ours.get(ns))
+        if let (Some(a), Some(b)) = (a, b)
             && a != b
         {
             block(
@@ -601,21 +601,25 @@ fn process_blockers(p: &Proc, states: &[Status], here: &str, procs: &[Proc], i: 
         }
     }
     // A pid namespace made by an earlier migration comes with a mount namespace of its own, and the whole tree is in both.
-    for (ns, what) in [(Ns::Mount, "mount"), (Ns::Pid, "pid"), (Ns::Time, "time")] {
-        if theirs.get(ns) != root.get(ns) {
+    for (a, b, what) in [
+        (&theirs.mnt, &root.mnt, "mount"),
+        (&theirs.pid, &root.pid, "pid"),
+        (&theirs.time, &root.time, "time"),
+    ] {
+        if a != b {
             block(
                 format!("it is in another {what} namespace than the root of the tree"),
                 "migrate it as a tree of its own",
             );
         }
     }
-    if i == 0 && theirs.get(Ns::Mount) != ours.get(Ns::Mount) && theirs.get(Ns::Pid) == ours.get(Ns::Pid) {
+    if i == 0 && theirs.mnt != ours.mnt && theirs.pid == ours.pid {
         block(
             "it is in another mount namespace than this agent".into(),
             "run migrate inside that namespace (nsenter -m)",
         );
     }
-    if theirs.get(Ns::PidForChildren) != theirs.get(Ns::Pid) {
+    if theirs.pid_for_children != theirs.pid {
         block(
             "its children would be born into another pid namespace (unshare)".into(),
             "such programs cannot move",
@@ -678,29 +682,35 @@ fn process_blockers(p: &Proc, states: &[Status], here: &str, procs: &[Proc], i: 
     }
 }
 
-/// The kinds of namespaces(7).
-#[derive(Debug, Clone, Copy)]
-enum Ns {
-    Net,
-    Ipc,
-    Uts,
-    User,
-    Cgroup,
-    Mount,
-    Pid,
-    Time,
-    PidForChildren,
+/// Which namespaces(7) a process is in, each a number; `None` where that cannot be read.
+#[derive(Debug)]
+struct Namespaces {
+    net: Option<Vec<u8>>,
+    ipc: Option<Vec<u8>>,
+    uts: Option<Vec<u8>>,
+    user: Option<Vec<u8>>,
+    cgroup: Option<Vec<u8>>,
+    mnt: Option<Vec<u8>>,
+    pid: Option<Vec<u8>>,
+    time: Option<Vec<u8>>,
+    pid_for_children: Option<Vec<u8>>,
 }
-
-/// Which ones a process is in, each a number; `None` where they cannot be read.
-#[derive(Debug, Default)]
-struct Namespaces([Option<Vec<u8>>; 9]);
 
 impl Namespaces {
     /// Each link takes 2 to 3 microseconds of a freeze: none is read twice.
     fn of(pid: i32) -> Namespaces {
-        let names = ["net", "ipc", "uts", "user", "cgroup", "mnt", "pid", "time", "pid_for_children"];
-        Namespaces(names.map(|n| procfs::link(pid, &format!("ns/{n}")).ok()))
+        let link = |name: &str| procfs::link(pid, &format!("ns/{name}")).ok();
+        Namespaces {
+            net: link("net"),
+            ipc: link("ipc"),
+            uts: link("uts"),
+            user: link("user"),
+            cgroup: link("cgroup"),
+            mnt: link("mnt"),
+            pid: link("pid"),
+            time: link("time"),
+            pid_for_children: link("pid_for_children"),
+        }
     }
 
     /// This agent's, which stays where it was started.
@@ -708,15 +718,11 @@ impl Namespaces {
         static OURS: OnceLock<Namespaces> = OnceLock::new();
         OURS.get_or_init(|| Namespaces::of(std::process::id() as i32))
     }
-
-    fn get(&self, which: Ns) -> Option<&[u8]> {
-        self.0[which as usize].as_deref()
-    }
 }
 
 fn is_own_thread(tid: i32) -> bool {
-    // SAFETY: no arguments. In a freeze it is nearly always this one.
-    tid == unsafe { libc::gettid() } || Path::new(&format!("/proc/self/task/{tid}")).exists()
+    // In a freeze it is nearly always this one.
+    tid == misc::gettid() || Path::new(&format!("/proc/self/task/{tid}")).exists()
 }
 
 fn comm(pid: i32) -> String {
