@@ -87,8 +87,13 @@ impl Job<'_> {
         match self.options.mode {
             Mode::Stop | Mode::PreCopy => u64::MAX,
             Mode::PostCopy => 0,
-            Mode::Hybrid => (self.terms().rate * WORTH_WAITING.as_secs_f64()) as u64,
+            Mode::Hybrid => self.carried_in(WORTH_WAITING),
         }
+    }
+
+    /// Bytes that the link carries in this time.
+    fn carried_in(&self, time: Duration) -> u64 {
+        (self.terms().rate * time.as_secs_f64()) as u64
     }
 
     /// Pre-copies, with `tracked`, until the planner says to freeze; then freezes.
@@ -244,8 +249,7 @@ impl Job<'_> {
     fn soon<L: Link>(&self, link: &L, p: &Prepared) -> bool {
         let bytes = p.bytes();
         let something = bytes > 0 || p.tree.is_some() || !p.drops.is_empty();
-        let fits = bytes as f64 <= self.terms().rate * SOON.as_secs_f64();
-        something && fits && link.rtt() <= SOON && !self.follows(p.dirty)
+        something && bytes <= self.carried_in(SOON) && link.rtt() <= SOON && !self.follows(p.dirty)
     }
 
     /// This much is left for after the resume rather than sent before it.
