@@ -241,13 +241,10 @@ fn receiver_killed_while_it_starts_the_keeper() {
         receiver.process.signal(Signal::SIGKILL);
         receiver.process.wait_for(Duration::from_secs(5));
         sender.wait_for(Duration::from_secs(60));
-        let (host, pid) = lives_on_once(&hosts, &guest, step);
+        let (host, _) = lives_on_once(&hosts, &guest, step);
         assert_eq!(host.name(), "a", "{step}");
         goes_on(&guest, step);
-        host.signal(pid, Signal::SIGKILL);
-        within("end of the guest", Duration::from_secs(10), || {
-            copies(&hosts, &guest).is_empty().then_some(())
-        });
+        steps::end(&hosts, &guest);
         nothing_left(&hosts, step);
     }
 }

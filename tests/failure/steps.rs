@@ -36,7 +36,8 @@ fn guest(hosts: &Hosts) -> Guest {
     Guest::start(&hosts.a, "counter", &[])
 }
 
-fn end(hosts: &Hosts, guest: &Guest) {
+/// Kills the guest, wherever it is.
+pub fn end(hosts: &Hosts, guest: &Guest) {
     for (host, pid) in copies(hosts, guest) {
         host.signal(pid, Signal::SIGKILL);
     }

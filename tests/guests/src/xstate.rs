@@ -301,8 +301,7 @@ pub fn xstate(mut kit: Kit) -> io::Result<ExitCode> {
         }
     }
     // Their niceness is in the picture that is compared later.
-    let all = || begun.load(Ordering::SeqCst) == workers.len();
-    let all = crate::kit::within(Duration::from_secs(20), all);
+    let all = crate::kit::within(Duration::from_secs(20), || begun.load(Ordering::SeqCst) == workers.len());
     kit.check(all, "not every thread has begun");
     thread::sleep(Duration::from_millis(100));
     kit.ready()?;
