@@ -112,24 +112,64 @@ impl Pagemap {
 
     /// Ranges of `start..end` that are present or swapped out, and guards. The shared zero page counts as absent.
     pub fn populated(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
-        self.content(start, end, FILE, out)
-    }
-
-    /// The same of memory that no file is behind: the kernel need not look at the pages themselves.
-    pub fn populated_no_file(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
-        self.content(start, end, 0, out)
-    }
-
-    fn content(&self, start: u64, end: u64, file: u64, out: &mut Vec<Range>) -> io::Result<()> {
-        match self.scan(start, end, GUARD, file, out) {
+        match self.scan(start, end, GUARD, out) {
             // Kernels before 6.15 do not know the guard category.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => match self.scan(start, end, 0, file, out) {
+            Err(e) if known_guard(&e) => match self.scan(start, end, 0, out) {
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.read_entries(start, end, out),
                 r => r,
             },
             Err(e) if e.raw_os_error() == Some(libc::ENOTTY) => self.read_entries(start, end, out),
             r => r,
         }
+    }
+
+    /// What the ranges of [`Pagemap::populated`] leave, and guards: pages that were never touched, or dropped, or only read; of memory that no file is behind.
+    /// Where most pages have content it is had five times as fast (0.55 ms a GiB of pages for 3.0): an entry of the page tables costs the kernel 2 ns, a page that
+    /// it has to tell of another 9. PAGEMAP_SCAN only: ENOTTY without it.
+    pub fn absent_no_file(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
+        let from = out.len();
+        let mut swapped = Vec::new();
+        let mut scan = |guard: u64| {
+            let arg = ScanArg {
+                start,
+                end,
+                // Not present, the zero page, or a guard.
+                category_inverted: PRESENT,
+                category_anyof_mask: PRESENT | PFNZERO | guard,
+                return_mask: SWAPPED | guard,
+                ..Default::default()
+            };
+            self.scan_into(arg, |r| {
+                if r.categories & guard == 0 && r.categories & SWAPPED != 0 {
+                    swapped.push(r.range());
+                } else {
+                    out.push(r.range());
+                }
+            })
+        };
+        match scan(GUARD) {
+            // Before 6.15; nothing has been told by then.
+            Err(e) if known_guard(&e) => scan(0)?,
+            r => r?,
+        }
+        // Of what counts as swapped some are markers, which are nothing.
+        for r in swapped {
+            let mut content = vec![r];
+            self.without_markers(r.start, &mut content)?;
+            let mut at = r.start;
+            for c in content.iter().chain([&Range { start: r.end, ..r }]) {
+                if at < c.start {
+                    out.push(Range {
+                        start: at,
+                        end: c.start,
+                        ..r
+                    });
+                }
+                at = c.end;
+            }
+        }
+        out[from..].sort_unstable_by_key(|r| r.start);
+        Ok(())
     }
 
     /// The same, and the shared zero page counts as content. Several times as fast as [`Pagemap::populated`].
@@ -162,15 +202,15 @@ impl Pagemap {
     pub fn scan_works(&self) -> bool {
         let probe = 0u8;
         let at = &raw const probe as u64 & !(PAGE - 1);
-        self.scan(at, at + PAGE, 0, FILE, &mut Vec::new()).is_ok()
+        self.scan(at, at + PAGE, 0, &mut Vec::new()).is_ok()
     }
 
-    fn scan(&self, start: u64, end: u64, guard: u64, file: u64, out: &mut Vec<Range>) -> io::Result<()> {
+    fn scan(&self, start: u64, end: u64, guard: u64, out: &mut Vec<Range>) -> io::Result<()> {
         let arg = ScanArg {
             start,
             end,
             category_anyof_mask: PRESENT | SWAPPED | guard,
-            return_mask: PRESENT | SWAPPED | file | PFNZERO | guard,
+            return_mask: PRESENT | SWAPPED | FILE | PFNZERO | guard,
             ..Default::default()
         };
         let mut doubtful = false;
@@ -591,6 +631,93 @@ mod tests {
         assert!(pages(&b).iter().all(|p| pages(&a).contains(p)));
         assert!(pages(&b).len() >= 20);
         std::hint::black_box(&mut block);
+    }
+
+    /// What is told to be absent is what is not told to be populated: pages written, read, dropped, armed before they were there (markers), guards, huge ones.
+    #[test]
+    fn absent_is_what_is_not_populated() {
+        use crate::{pages::PageSet, sys::uffd};
+        let own = Pagemap::open(std::process::id() as i32).unwrap();
+        if !own.scan_works() {
+            return eprintln!("SKIP absent_is_what_is_not_populated: no PAGEMAP_SCAN");
+        }
+        const BLOCKS: u64 = 6;
+        let memory = Untouched::map(((BLOCKS + 1) * HUGE_PAGE) as usize).unwrap();
+        let start = memory.start().next_multiple_of(HUGE_PAGE);
+        let end = start + BLOCKS * HUGE_PAGE;
+        let advise = |page: u64, count: u64, advice: i32| {
+            // SAFETY: our own mapping.
+            unsafe { libc::madvise((start + page * PAGE) as *mut _, (count * PAGE) as usize, advice) }
+        };
+        advise(0, 4 * 512, libc::MADV_NOHUGEPAGE);
+        advise(4 * 512, 2 * 512, libc::MADV_HUGEPAGE);
+        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
+        // SAFETY: no pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
+        let tracker = uffd::Userfault::take(std::process::id() as i32, fd).and_then(|u| u.register(start, end).map(|()| u));
+        // SAFETY: `take` has made one of its own.
+        unsafe { libc::close(fd) };
+        let (mut absent, mut kinds) = (Vec::new(), [0; 3]);
+        let mut random = 54321u64;
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (random >> 33) % below
+        };
+        // Which pages are guards: writing one would end this process.
+        let mut guards = PageSet::new();
+        for turn in 0..40 {
+            for _ in 0..next(2000) {
+                let at = start + next(BLOCKS * 512) * PAGE;
+                if guards.contains(at) {
+                    continue;
+                }
+                let offset = (at - memory.start()) as usize;
+                if next(3) == 0 {
+                    memory.read(offset);
+                } else {
+                    // SAFETY: inside the mapping, which nothing else looks at.
+                    unsafe { memory.at.cast::<u8>().add(offset).write_volatile(1) };
+                }
+            }
+            for _ in 0..next(30) {
+                let (page, count) = (next(BLOCKS * 512 - 64), 1 + next(64));
+                let at = start + page * PAGE;
+                match next(3) {
+                    // MADV_GUARD_INSTALL, where there is such a thing.
+                    0 if advise(page, count, 102) == 0 => guards.insert(at, at + count * PAGE),
+                    1 if tracker.is_ok() => own.take_unarmed(at, at + count * PAGE, &mut Vec::new()).unwrap(),
+                    _ => _ = advise(page, count, libc::MADV_DONTNEED),
+                }
+            }
+            let (a, b) = match turn % 2 {
+                0 => (start, end),
+                _ => {
+                    let a = start + next(BLOCKS * 512 - 300) * PAGE;
+                    (a, a + (1 + next(300)) * PAGE)
+                }
+            };
+            let (mut populated, from) = (Vec::new(), absent.len());
+            own.populated(a, b, &mut populated).unwrap();
+            own.absent_no_file(a, b, &mut absent).unwrap();
+            let absent = &absent[from..];
+            assert!(absent.iter().is_sorted_by(|l, r| l.end <= r.start), "turn {turn}");
+            let of = |v: &[Range], guard| PageSet::from_ranges(v.iter().filter(|r| r.guard == guard).map(|r| (r.start, r.end)));
+            assert_eq!(of(absent, true), of(&populated, true), "turn {turn}");
+            assert_eq!(of(absent, true), guards.clip(a, b), "turn {turn}");
+            let mut rest = PageSet::from_ranges([(a, b)]);
+            rest.subtract(&of(absent, true));
+            rest.subtract(&of(absent, false));
+            assert_eq!(rest, of(&populated, false), "turn {turn}");
+            for (kind, n) in [&rest, &of(absent, false), &of(absent, true)].iter().zip(&mut kinds) {
+                *n += kind.pages();
+            }
+            // Guards go again, with what was written under them.
+            for &(a, b) in guards.ranges() {
+                advise((a - start) / PAGE, (b - a) / PAGE, 103);
+            }
+            guards.clear();
+        }
+        assert!(kinds[0] > 1000 && kinds[1] > 1000, "{kinds:?}");
     }
 
     fn pages(found: &[(Range, bool)]) -> Vec<u64> {

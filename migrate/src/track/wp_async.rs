@@ -328,15 +328,16 @@ pub(super) fn unarmed(pagemap: &Pagemap, start: u64, end: u64) -> Result<Seen, T
 }
 
 /// What is content and what are guards of pages that are not armed; the others are nothing any more. Places near each other are looked at in one call: with
-/// every third page of a GiB written a call for each took 20 ms.
+/// every third page of a GiB written a call for each took 20 ms. The kernel is asked for the few that are not content: telling of each that is took 3 to 7 ms a GiB.
 fn content(pagemap: &Pagemap, pages: &PageSet) -> Result<(PageSet, PageSet), TrackError> {
-    let mut found = Vec::new();
+    let mut absent = Vec::new();
     for (a, b) in near(pages.ranges()) {
-        pagemap.populated_no_file(a, b, &mut found).map_err(changed)?;
+        pagemap.absent_no_file(a, b, &mut absent).map_err(changed)?;
     }
-    let (guards, populated): (Vec<&Range>, Vec<&Range>) = found.iter().partition(|r| r.guard);
-    let of = |found: Vec<&Range>| PageSet::from_ranges(found.iter().map(|r| (r.start, r.end))).intersection(pages);
-    Ok((of(populated), of(guards)))
+    let guards = absent.iter().filter(|r| r.guard).map(|r| (r.start, r.end));
+    let guards = PageSet::from_ranges(guards).intersection(pages);
+    let absent = PageSet::from_ranges(absent.iter().map(|r| (r.start, r.end)));
+    Ok((pages.difference(&absent), guards))
 }
 
 /// The first word by which two pages differ: its offset, and what it is in the first.
@@ -620,6 +621,13 @@ mod tests {
                 "turn {turn}"
             );
             assert!(guarded || ahead.dirty.contains(start + late * PAGE));
+            // Asked for page by page, too: what has content, and what not.
+            let mut found = Vec::new();
+            tracker.pagemap.populated(v.start, v.end, &mut found).unwrap();
+            let of = |guard| PageSet::from_ranges(found.iter().filter(|r| r.guard == guard).map(|r| (r.start, r.end)));
+            assert_eq!(plain.guards, of(true), "turn {turn}");
+            assert_eq!(plain.gone, held.difference(&of(false)), "turn {turn}");
+            assert_eq!(plain.dirty.difference(&of(false)), PageSet::new(), "turn {turn}");
             // Guards go, and a round takes what there is.
             for &(a, b) in plain.guards.ranges() {
                 advise((a - start) / PAGE, (b - a) / PAGE, 103);
