@@ -80,7 +80,7 @@ impl SharedMemory {
     fn arm(&self, vma: &Vma, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
         let mut open = Vec::new();
         self.pagemap.unarmed(vma.start, vma.end, &mut open)?;
-        for (a, b) in super::wp_async::near(&open) {
+        for (a, b) in super::wp_async::near(&open, super::wp_async::NEAR) {
             self.pagemap.take_unarmed(a, b, out)?;
         }
         Ok(())

@@ -65,8 +65,10 @@ pub struct WpAsync {
 
 /// What one page table covers: held pages are looked for by such blocks.
 const BLOCK: u64 = 2 << 20;
-/// Clean pages between two written ones that are looked at along with them: about what one more call costs.
-const NEAR: u64 = 16 * PAGE;
+/// Clean pages between two written ones that are looked at along with them: about what one more call costs where each page is told of.
+pub(super) const NEAR: u64 = 16 * PAGE;
+/// The same where only pages without content are.
+const NEAR_ABSENT: u64 = 128 * PAGE;
 /// Bytes that are held against the file at a time.
 const COMPARED: usize = 256 << 10;
 /// Bytes of a witness.
@@ -113,7 +115,7 @@ impl WpAsync {
         for &(a, b) in blocks.ranges() {
             self.pagemap.unarmed(a, b, &mut open)?;
         }
-        for (a, b) in near(&open) {
+        for (a, b) in near(&open, NEAR) {
             self.pagemap.take_written(a, b, false, found)?;
         }
         Ok(())
@@ -331,7 +333,7 @@ pub(super) fn unarmed(pagemap: &Pagemap, start: u64, end: u64) -> Result<Seen, T
 /// every third page of a GiB written a call for each took 20 ms. The kernel is asked for the few that are not content: telling of each that is took 3 to 7 ms a GiB.
 fn content(pagemap: &Pagemap, pages: &PageSet) -> Result<(PageSet, PageSet), TrackError> {
     let mut absent = Vec::new();
-    for (a, b) in near(pages.ranges()) {
+    for (a, b) in near(pages.ranges(), NEAR_ABSENT) {
         pagemap.absent_no_file(a, b, &mut absent).map_err(changed)?;
     }
     let guards = absent.iter().filter(|r| r.guard).map(|r| (r.start, r.end));
@@ -371,9 +373,9 @@ fn blocks(held: &PageSet, vma: &Vma) -> PageSet {
     out
 }
 
-/// Sorted ranges, those joined that are near enough to each other to be looked at in one call.
-pub(super) fn near(ranges: &[(u64, u64)]) -> impl Iterator<Item = (u64, u64)> {
-    let groups = ranges.chunk_by(|l, r| r.0 - l.1 <= NEAR);
+/// Sorted ranges, those joined that are near enough to each other, at most `apart` bytes, to be looked at in one call.
+pub(super) fn near(ranges: &[(u64, u64)], apart: u64) -> impl Iterator<Item = (u64, u64)> {
+    let groups = ranges.chunk_by(move |l, r| r.0 - l.1 <= apart);
     groups.filter_map(|g| Some((g.first()?.0, g.last()?.1)))
 }
 
