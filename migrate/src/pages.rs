@@ -31,16 +31,24 @@ impl PageSet {
 
     /// The pages of some byte ranges, in any order, which may overlap. O(n) when they ascend, else O(n log n).
     pub fn from_ranges(ranges: impl IntoIterator<Item = (u64, u64)>) -> PageSet {
-        let mut all: Vec<_> = ranges.into_iter().filter_map(|(start, end)| outward(start, end)).collect();
-        if !all.is_sorted() {
-            all.sort_unstable();
-        }
+        let ranges = ranges.into_iter();
         let mut set = PageSet {
-            ranges: Vec::with_capacity(all.len()),
+            ranges: Vec::with_capacity(ranges.size_hint().0),
         };
-        all.into_iter().for_each(|(start, end)| set.append(start, end));
-        set.ranges.shrink_to_fit();
-        set
+        let mut behind = Vec::new();
+        for (start, end) in ranges.filter_map(|(start, end)| outward(start, end)) {
+            match set.ranges.last() {
+                Some(last) if start < last.0 => behind.push((start, end)),
+                _ => set.append(start, end),
+            }
+        }
+        if behind.is_empty() {
+            return set;
+        }
+        behind.sort_unstable();
+        let mut rest = PageSet::new();
+        behind.into_iter().for_each(|(start, end)| rest.append(start, end));
+        set.union(&rest)
     }
 
     /// Adds an aligned range that starts at or after the start of the last one.
@@ -169,7 +177,13 @@ impl PageSet {
         match (self.ranges.last(), other.ranges.first()) {
             (_, None) => {}
             // The usual case while a scan goes from one mapping to the next: no copy of what is there already.
-            (Some(last), Some(first)) if first.0 >= last.0 => other.ranges.iter().for_each(|r| self.append(r.0, r.1)),
+            (Some(&last), Some(first)) if first.0 >= last.0 => {
+                let apart = other.ranges.partition_point(|r| r.0 <= last.1);
+                let (near, rest) = other.ranges.split_at(apart);
+                near.iter().for_each(|r| self.append(r.0, r.1));
+                // What `near` has added ends before the next of the same set begins.
+                self.ranges.extend_from_slice(rest);
+            }
             (None, _) => self.ranges.clone_from(&other.ranges),
             _ => *self = self.union(other),
         }

@@ -925,25 +925,36 @@ impl Space {
         let Some(tracker) = self.tracker.as_mut() else {
             return Ok(Default::default());
         };
-        let (mut send, mut guards, mut private) = (PageSet::new(), PageSet::new(), PageSet::new());
+        // Mappings do not overlap, so what is found of one is no matter to the next: the sets of the whole space, which may be long, change once.
+        let (mut dirty, mut gone, mut guards, mut private) = (PageSet::new(), PageSet::new(), PageSet::new(), PageSet::new());
+        let mut failed = None;
         for v in vmas.iter().filter(|v| track::has_private_pages(v)) {
             private.insert(v.start, v.end);
             let known = known(&self.held, &self.owed, v);
-            let scan = tracker.last(v, &known, seen(v)).map_err(io::Error::other)?;
-            let stale = if scan.fresh {
-                self.owed.remove(v.start, v.end);
-                self.held.clip(v.start, v.end).difference(&scan.dirty)
-            } else {
-                scan.gone
+            let scan = match tracker.last(v, &known, seen(v)) {
+                Ok(scan) => scan,
+                Err(e) => {
+                    failed = Some(io::Error::other(e));
+                    break;
+                }
             };
-            self.owed.subtract(&stale);
-            // Armed by now, perhaps: if the tree is let go once more, it has to be sent later.
-            self.owed.extend(&scan.dirty);
-            drops.extend(stale.ranges().iter().map(|r| (self.name, r.0, r.1)));
-            send.extend(&scan.dirty);
+            if scan.fresh {
+                self.owed.remove(v.start, v.end);
+                gone.extend(&self.held.clip(v.start, v.end).difference(&scan.dirty));
+            } else {
+                gone.extend(&scan.gone);
+            }
+            dirty.extend(&scan.dirty);
             guards.extend(&scan.guards);
         }
-        send.extend(&self.owed.intersection(&private));
+        self.owed.subtract(&gone);
+        // Armed by now, perhaps: if the tree is let go once more, it has to be sent later.
+        self.owed.extend(&dirty);
+        if let Some(e) = failed {
+            return Err(e);
+        }
+        drops.extend(gone.ranges().iter().map(|r| (self.name, r.0, r.1)));
+        let mut send = self.owed.intersection(&private);
         send.subtract(&guards);
         Ok((send, guards))
     }

@@ -55,8 +55,8 @@ pub struct Seen {
     pub blocks: PageSet,
     /// Pages that are not armed.
     pub open: PageSet,
-    /// Of these, those with content.
-    pub populated: PageSet,
+    /// Of these, those without content, guards among them: few where `open` is long, which is why the others are not kept.
+    pub absent: PageSet,
     /// Of these, guards.
     pub guards: PageSet,
     /// Pages that may have been written since.
@@ -67,7 +67,7 @@ impl Seen {
     /// What was seen of another part.
     pub fn extend(&mut self, other: &Seen) {
         self.open.extend(&other.open);
-        self.populated.extend(&other.populated);
+        self.absent.extend(&other.absent);
         self.guards.extend(&other.guards);
     }
 }

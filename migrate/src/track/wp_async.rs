@@ -207,7 +207,7 @@ impl WpAsync {
         };
         // What was not looked at yet, or has to be once more.
         let touched = seen.touched.clip(vma.start, vma.end);
-        for set in [&mut seen.open, &mut seen.populated, &mut seen.guards] {
+        for set in [&mut seen.open, &mut seen.absent, &mut seen.guards] {
             set.subtract(&touched);
         }
         let mut rest = PageSet::new();
@@ -216,16 +216,14 @@ impl WpAsync {
         rest.extend(&self.guards.clip(vma.start, vma.end));
         rest.extend(&touched);
         rest.subtract(&seen.open);
-        let (populated, guards) = content(&self.pagemap, &rest)?;
-        seen.extend(&Seen {
-            open: rest,
-            populated,
-            guards,
-            ..Seen::default()
-        });
+        let (absent, guards) = content(&self.pagemap, &rest)?;
+        rest.subtract(&absent);
+        seen.open.subtract(&seen.absent);
+        scan.dirty = seen.open;
+        scan.dirty.extend(&rest);
+        scan.gone = mine.intersection(&seen.absent.union(&absent));
         scan.guards = seen.guards;
-        scan.gone = mine.intersection(&seen.open).difference(&seen.populated);
-        scan.dirty = seen.populated;
+        scan.guards.extend(&guards);
         Ok(scan)
     }
 
@@ -320,16 +318,16 @@ pub(super) fn unarmed(pagemap: &Pagemap, start: u64, end: u64) -> Result<Seen, T
         r => r.map_err(changed)?,
     }
     let open = PageSet::from_ranges(open);
-    let (populated, guards) = content(pagemap, &open)?;
+    let (absent, guards) = content(pagemap, &open)?;
     Ok(Seen {
         open,
-        populated,
+        absent,
         guards,
         ..Seen::default()
     })
 }
 
-/// What is content and what are guards of pages that are not armed; the others are nothing any more. Places near each other are looked at in one call: with
+/// Of pages that are not armed those that have no content, and which of these are guards. Places near each other are looked at in one call: with
 /// every third page of a GiB written a call for each took 20 ms. The kernel is asked for the few that are not content: telling of each that is took 3 to 7 ms a GiB.
 fn content(pagemap: &Pagemap, pages: &PageSet) -> Result<(PageSet, PageSet), TrackError> {
     let mut absent = Vec::new();
@@ -339,7 +337,7 @@ fn content(pagemap: &Pagemap, pages: &PageSet) -> Result<(PageSet, PageSet), Tra
     let guards = absent.iter().filter(|r| r.guard).map(|r| (r.start, r.end));
     let guards = PageSet::from_ranges(guards).intersection(pages);
     let absent = PageSet::from_ranges(absent.iter().map(|r| (r.start, r.end)));
-    Ok((pages.difference(&absent), guards))
+    Ok((absent.intersection(pages), guards))
 }
 
 /// The first word by which two pages differ: its offset, and what it is in the first.
