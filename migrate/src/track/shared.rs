@@ -53,7 +53,8 @@ impl SharedMemory {
         let looked = if last {
             self.pagemap.unarmed(vma.start, vma.end, &mut open)
         } else {
-            self.clear(vma).and_then(|()| self.arm(vma, &mut open))
+            self.clear(vma)
+                .and_then(|()| self.pagemap.take_unarmed(vma.start, vma.end, &mut open))
         };
         if let Err(e) = looked {
             self.void.insert(vma.start, vma.end);
@@ -74,15 +75,5 @@ impl SharedMemory {
             Some(uffd) if self.void.overlaps(vma.start, vma.end) => super::clear_marks(&self.pagemap, &uffd, vma.start, vma.end),
             _ => Ok(()),
         }
-    }
-
-    /// Looked for without arming first, which is several times as fast where little was written.
-    fn arm(&self, vma: &Vma, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
-        let mut open = Vec::new();
-        self.pagemap.unarmed(vma.start, vma.end, &mut open)?;
-        for (a, b) in super::wp_async::near(&open, super::wp_async::NEAR) {
-            self.pagemap.take_unarmed(a, b, out)?;
-        }
-        Ok(())
     }
 }
