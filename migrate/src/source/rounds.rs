@@ -820,6 +820,7 @@ impl Tracks {
                     start: v.start,
                     end: v.end,
                     blocks,
+                    owed: s.owed.clip(v.start, v.end),
                     pagemap,
                 };
                 tasks.extend(tracker.ahead(v, &known(&s.held, &s.owed, v)).map(task));
@@ -931,7 +932,7 @@ impl Space {
         for v in vmas.iter().filter(|v| track::has_private_pages(v)) {
             private.insert(v.start, v.end);
             let known = known(&self.held, &self.owed, v);
-            let scan = match tracker.last(v, &known, seen(v)) {
+            let scan = match tracker.last(v, &known, &self.owed.clip(v.start, v.end), seen(v)) {
                 Ok(scan) => scan,
                 Err(e) => {
                     failed = Some(io::Error::other(e));

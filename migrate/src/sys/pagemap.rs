@@ -349,7 +349,35 @@ impl Pagemap {
         self.scan_unarmed(start, end, CHECK_WPASYNC, out)
     }
 
-    /// The same, and arms it all, holes too: their page tables then take 2 MiB for a GiB of mapping.
+    /// The same, as long as it is at most so many places (64 at most): up to where.
+    pub fn unarmed_places(&self, start: u64, end: u64, places: usize, out: &mut Vec<(u64, u64)>) -> io::Result<u64> {
+        let mut regions = [Region::default(); 64];
+        let mut arg = ScanArg {
+            size: 96,
+            flags: CHECK_WPASYNC,
+            start,
+            vec: regions.as_mut_ptr() as u64,
+            category_mask: WRITTEN,
+            return_mask: WRITTEN,
+            ..Default::default()
+        };
+        let mut left = places.min(regions.len());
+        while arg.start < end && left > 0 {
+            arg.end = end.min(arg.start.saturating_add(STRETCH));
+            arg.vec_len = left as u64;
+            // SAFETY: `arg` and the vector it names outlive the call; the kernel writes at most vec_len regions.
+            let n = super::check(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } as i64)? as usize;
+            out.extend(regions[..n].iter().map(|r| (r.start, r.end)));
+            left -= n;
+            if arg.walk_end <= arg.start {
+                break;
+            }
+            arg.start = arg.walk_end;
+        }
+        Ok(arg.start)
+    }
+
+    /// The same as [`Pagemap::unarmed`], and arms it all, holes too: their page tables then take 2 MiB for a GiB of mapping.
     pub fn take_unarmed(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
         self.scan_unarmed(start, end, WP_MATCHING | CHECK_WPASYNC, out)
     }

@@ -44,6 +44,8 @@ pub struct Task {
     pub end: u64,
     /// In which of its blocks the destination holds pages.
     pub blocks: PageSet,
+    /// Which of its pages are sent in any case: see [`Tracker::last`](super::Tracker::last).
+    pub owed: PageSet,
     /// Of its process.
     pub pagemap: Arc<Pagemap>,
 }
@@ -53,7 +55,7 @@ pub struct Task {
 pub struct Seen {
     /// As in [`Task`].
     pub blocks: PageSet,
-    /// Pages that are not armed.
+    /// Pages that are not armed, or owed.
     pub open: PageSet,
     /// Of these, those without content, guards among them: few where `open` is long, which is why the others are not kept.
     pub absent: PageSet,
@@ -103,7 +105,8 @@ impl Work {
     }
 
     fn look(&self, piece: &Piece) {
-        let found = super::wp_async::unarmed(&self.tasks[piece.task].pagemap, piece.start, piece.end);
+        let task = &self.tasks[piece.task];
+        let found = super::wp_async::unarmed(&task.pagemap, piece.start, piece.end, &task.owed);
         // Somebody else may have done it meanwhile.
         let _ = piece.found.set(found);
     }

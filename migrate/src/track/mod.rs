@@ -80,8 +80,9 @@ pub trait Tracker: Send + std::fmt::Debug {
         None
     }
 
-    /// The last look at a mapping, with what they have seen.
-    fn last(&mut self, vma: &Vma, held: &PageSet, _seen: Option<ahead::Seen>) -> Result<Scan, TrackError> {
+    /// The last look at a mapping, with what they have seen. `owed`: pages of it, among those held, that are sent in any case; of them it may say that they were
+    /// written where they have content and were not.
+    fn last(&mut self, vma: &Vma, held: &PageSet, _owed: &PageSet, _seen: Option<ahead::Seen>) -> Result<Scan, TrackError> {
         self.scan(vma, held, true)
     }
 
