@@ -24,12 +24,29 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Bytes of a task's slice; the leader has [`LEADER`].
-const SLICE: usize = 32 << 10;
-const LEADER: usize = 256 << 10;
-/// Offset of the results in a slice, and of the return frame.
-const OUT: usize = 8 << 10;
-const FRAME: usize = SLICE - 512;
+/// A slice of the table: its bytes, and where in it the records, the results and the return frame are.
+#[derive(Debug, Clone, Copy)]
+struct Slice {
+    len: usize,
+    records: usize,
+    out: usize,
+    frame: usize,
+}
+
+const LEADER: Slice = Slice {
+    len: 256 << 10,
+    records: 0,
+    out: 8 << 10,
+    frame: (32 << 10) - 512,
+};
+/// Of another thread, which is asked little: all of it in one page, the last, since each page has to be found by the kernel. What lies below is only room for a
+/// signal frame, whose way may go over the records, too: by then the agent is dead.
+const THREAD: Slice = Slice {
+    len: 32 << 10,
+    records: 28 << 10,
+    out: 30 << 10,
+    frame: (32 << 10) - 512,
+};
 /// First bytes of a table, by which a leaked one is recognised.
 pub const MAGIC: &[u8; 16] = b"migrate-table-1\0";
 const HEAD: usize = 4096;
@@ -78,7 +95,7 @@ pub struct Injector {
 /// Results of a task's batch.
 pub struct Results<'a> {
     region: &'a Region,
-    slice: usize,
+    out: usize,
     /// One per record.
     pub ret: Vec<i64>,
 }
@@ -86,7 +103,7 @@ pub struct Results<'a> {
 impl Results<'_> {
     /// Reads a u64 from the result area.
     pub fn u64(&self, offset: usize) -> u64 {
-        self.region.read_u64(self.slice + OUT + offset)
+        self.region.read_u64(self.out + offset)
     }
 }
 
@@ -98,7 +115,7 @@ impl Injector {
         let marks: Vec<Mark> = states.iter().map(pick).collect();
         let site = Site::of(pid, maps, states[0].inner_pid(), marks[0])?;
         let leader = &p.tasks[0];
-        let len = (HEAD + LEADER + SLICE * (p.tasks.len() - 1)) as u64;
+        let len = (HEAD + LEADER.len + THREAD.len * (p.tasks.len() - 1)) as u64;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let back = arch::restart_in_place(&leader.regs);
@@ -154,23 +171,33 @@ impl Injector {
         (self.region.remote, self.region.len() as u64)
     }
 
-    fn slice(&self, task: usize) -> usize {
-        if task == 0 { HEAD } else { HEAD + LEADER + SLICE * (task - 1) }
+    /// Where the records, the results and the return frame of a task are.
+    fn slice(task: usize) -> Slice {
+        let (at, slice) = match task.checked_sub(1) {
+            None => (HEAD, LEADER),
+            Some(k) => (HEAD + LEADER.len + THREAD.len * k, THREAD),
+        };
+        Slice {
+            len: slice.len,
+            records: at + slice.records,
+            out: at + slice.out,
+            frame: at + slice.frame,
+        }
     }
 
     /// Address in the process of a task's result area.
     pub fn out_addr(&self, task: usize) -> u64 {
-        self.region.addr(self.slice(task) + OUT)
+        self.region.addr(Self::slice(task).out)
     }
 
     /// Reads a u64 from a task's result area.
     pub fn out_u64(&self, task: usize, offset: usize) -> u64 {
-        self.region.read_u64(self.slice(task) + OUT + offset)
+        self.region.read_u64(Self::slice(task).out + offset)
     }
 
     /// What record `k` of a task's last batch returned, though the batch as a whole failed; None: it was not run.
     pub fn returned(&self, task: usize, k: usize) -> Option<i64> {
-        let ret = self.region.read_u64(self.slice(task) + k * RECORD + 56) as i64;
+        let ret = self.region.read_u64(Self::slice(task).records + k * RECORD + 56) as i64;
         (ret != i64::MIN).then_some(ret)
     }
 
@@ -194,7 +221,8 @@ impl Injector {
     ) -> Result<Vec<Results<'_>>, InjectError> {
         let pid = self.site.pid;
         let io = |what| move |source| InjectError::Io { pid, what, source };
-        if let Some(long) = batches.iter().find(|b| (b.len() + 1) * RECORD > OUT) {
+        let fits = |(i, b): &(usize, &Vec<Record>)| (b.len() + 1) * RECORD <= Self::slice(*i).out - Self::slice(*i).records;
+        if let Some((_, long)) = batches.iter().enumerate().find(|b| !fits(b)) {
             let reason = format!("a batch of {} calls does not fit", long.len());
             return Err(InjectError::Unfit { pid, reason });
         }
@@ -222,7 +250,7 @@ impl Injector {
                 let tid = self.tids[i].0;
                 let mark = self.marks[i];
                 let at = |record: usize| {
-                    let record = self.region.addr(self.slice(i) + record * RECORD);
+                    let record = self.region.addr(Self::slice(i).records + record * RECORD);
                     move |r: &Regs| r.r12 == record
                 };
                 let paused = match pause.take_if(|_| i == 0) {
@@ -249,11 +277,13 @@ impl Injector {
             .iter()
             .enumerate()
             .map(|(i, b)| {
-                let slice = self.slice(i);
-                let ret = (0..b.len()).map(|k| self.region.read_u64(slice + k * RECORD + 56) as i64).collect();
+                let slice = Self::slice(i);
+                let ret = (0..b.len())
+                    .map(|k| self.region.read_u64(slice.records + k * RECORD + 56) as i64)
+                    .collect();
                 Results {
                     region: &self.region,
-                    slice,
+                    out: slice.out,
                     ret,
                 }
             })
@@ -262,22 +292,22 @@ impl Injector {
 
     /// Sets a task off on its batch.
     fn begin(&self, i: usize, task: &Task, batch: &[Record], many: bool) -> io::Result<()> {
-        let slice = self.slice(i);
+        let slice = Self::slice(i);
         let records = batch.iter().copied().chain([self.pause(i)]);
         for (k, record) in records.enumerate() {
-            self.region.write(slice + k * RECORD, &record.to_bytes());
+            self.region.write(slice.records + k * RECORD, &record.to_bytes());
         }
         // A lone thread leaves through the immediates; several may not unmap the table under each other.
         let frame = if many {
             let frame = inject_stub::iret_frame(&arch::restart_in_place(&task.regs));
-            self.region.write(slice + FRAME, &frame);
-            self.region.addr(slice + FRAME)
+            self.region.write(slice.frame, &frame);
+            self.region.addr(slice.frame)
         } else {
             0
         };
         let mut r = task.regs;
         r.rip = self.site.base;
-        r.r12 = self.region.addr(slice);
+        r.r12 = self.region.addr(slice.records);
         r.r13 = batch.len() as u64 + 1;
         r.r15 = frame;
         r.orig_rax = u64::MAX;

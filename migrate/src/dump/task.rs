@@ -36,6 +36,8 @@ const PR_GET_TIMERSLACK: u64 = 30;
 const PR_GET_CHILD_SUBREAPER: u64 = 37;
 const PR_GET_TID_ADDRESS: u64 = 40;
 const PR_GET_THP_DISABLE: u64 = 42;
+/// personality(2): only asks.
+const SAME_PERSONALITY: u64 = 0xffff_ffff;
 const ARCH_GET_CPUID: u64 = 0x1011;
 const ARCH_GET_XCOMP_PERM: u64 = 0x1022;
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
@@ -81,6 +83,7 @@ pub struct AskedThread {
     timerslack_ns: u64,
     tsc: u8,
     cpuid_enabled: bool,
+    personality: u32,
     /// NUMA policy differs from the default.
     pub mempolicy: bool,
 }
@@ -114,6 +117,7 @@ pub fn ask(p: &Proc, place: &mut Option<Injector>, maps: &[Mapping], states: &[S
             sys(libc::SYS_prctl, &[PR_GET_TIMERSLACK]),
             sys(libc::SYS_arch_prctl, &[ARCH_GET_CPUID]),
             sys(libc::SYS_get_mempolicy, &[at(MEMPOLICY), 0, 0, 0, 0]),
+            sys(libc::SYS_personality, &[SAME_PERSONALITY]),
         ];
         if i == 0 {
             b.push(sys(libc::SYS_brk, &[0]));
@@ -187,13 +191,14 @@ fn read_results(res: &[Results<'_>]) -> Asked {
             timerslack_ns: r.ret[5].max(0) as u64,
             tsc: r.u64(TSC) as u8,
             cpuid_enabled: r.ret[6] != 0,
+            personality: r.ret[8].max(0) as u32,
             mempolicy: r.ret[7] == 0 && r.u64(MEMPOLICY) as i32 != 0,
         })
         .collect();
     let l = &res[0];
     let ts = |at: usize| l.u64(at) * 1_000_000_000 + l.u64(at + 8);
     let us = |at: usize| l.u64(at) * 1_000_000 + l.u64(at + 8);
-    const FIXED: usize = 8;
+    const FIXED: usize = 9;
     let mut itimers = [ITimer::default(); 3];
     for (w, t) in itimers.iter_mut().enumerate() {
         *t = ITimer {
@@ -267,12 +272,6 @@ pub fn thread(pid: i32, task: &crate::tracer::Task, st: &Status, asked: &AskedTh
         )));
     }
     let (ptr, size, sig) = ptrace::rseq(tid).unwrap_or_default();
-    let text = |name: &str| procfs::read(pid, &format!("task/{tid}/{name}"));
-    let comm = text("comm")?;
-    let personality = text("personality")
-        .ok()
-        .and_then(|b| u32::from_str_radix(String::from_utf8_lossy(&b).trim(), 16).ok())
-        .unwrap_or(0);
     let mut regs = task.regs;
     const RESTART_SYSCALL: u64 = 219;
     if regs.rax as i64 == -516 && regs.orig_rax == RESTART_SYSCALL {
@@ -303,7 +302,7 @@ pub fn thread(pid: i32, task: &crate::tracer::Task, st: &Status, asked: &AskedTh
             len: size,
             signature: sig,
         }),
-        comm: String::from_utf8_lossy(comm.strip_suffix(b"\n").unwrap_or(&comm)).into_owned(),
+        comm: st.name.clone(),
         creds: Creds {
             uids: st.uids,
             gids: st.gids,
@@ -314,7 +313,7 @@ pub fn thread(pid: i32, task: &crate::tracer::Task, st: &Status, asked: &AskedTh
         },
         sched: misc::sched(tid, all_cpus)?,
         pdeathsig: asked.pdeathsig,
-        personality,
+        personality: asked.personality,
         timerslack_ns: asked.timerslack_ns,
         tsc: asked.tsc,
         cpuid_enabled: asked.cpuid_enabled,

@@ -47,6 +47,19 @@ impl Status {
     }
 }
 
+/// A task's name as the program has set it, spaces and all: the kernel escapes two characters, and no other.
+fn name(escaped: &[u8]) -> String {
+    let mut out = Vec::with_capacity(escaped.len());
+    let mut bytes = escaped.iter().copied();
+    while let Some(b) = bytes.next() {
+        out.push(match b {
+            b'\\' => bytes.next().map_or(b, |next| if next == b'n' { b'\n' } else { next }),
+            b => b,
+        });
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
 /// Parses the file.
 pub fn parse(text: &[u8]) -> Result<Status, ParseError> {
     let mut s = Status {
@@ -69,7 +82,7 @@ pub fn parse(text: &[u8]) -> Result<Status, ParseError> {
         };
         let (key, v) = (&line[..colon], line[colon + 1..].trim_ascii());
         match key {
-            b"Name" => s.name = String::from_utf8_lossy(v).into_owned(),
+            b"Name" => s.name = name(line.strip_prefix(b"Name:\t").unwrap_or(v)),
             b"State" => s.state = v.first().copied().unwrap_or(b'?'),
             b"Tgid" => s.tgid = num("Tgid", v)?,
             b"PPid" => s.ppid = num("PPid", v)?,
@@ -128,6 +141,29 @@ mod tests {
         assert_eq!(s.tgid, std::process::id() as i32);
         assert!(s.caps[3] != 0);
         assert_eq!(s.tracer, 0);
+    }
+
+    /// What /proc/PID/task/TID/comm shows is what is found here.
+    #[test]
+    fn names_are_those_of_comm() {
+        let names: [&[u8]; 7] = [b"plain", b" spaces \t", b"back\\slash", b"\\n", b"new\nline", b"\\\\", b""];
+        std::thread::spawn(move || {
+            for name in names {
+                let mut set = name.to_vec();
+                set.push(0);
+                // SAFETY: a string that ends with a zero; of this thread alone.
+                assert_eq!(unsafe { libc::prctl(libc::PR_SET_NAME, set.as_ptr()) }, 0);
+                // SAFETY: no pointers.
+                let tid = unsafe { libc::gettid() };
+                let comm = std::fs::read(format!("/proc/self/task/{tid}/comm")).unwrap();
+                let comm = comm.strip_suffix(b"\n").unwrap();
+                assert_eq!(comm, name);
+                let status = read_task(std::process::id() as i32, tid).unwrap();
+                assert_eq!(status.name.as_bytes(), name);
+            }
+        })
+        .join()
+        .unwrap();
     }
 
     proptest! {

@@ -4,7 +4,7 @@
 //! ```text
 //! base            decision page   the word at +64; a file of the journal, so that the release *is* the journal entry
 //! base + 4 KiB    code, timespec  shared by all
-//! base + 8 KiB    slots           control block, records, data, signal frame of each task
+//! base + 8 KiB    slots           control block, records, signal frame, data of each task
 //! ```
 
 use crate::{
@@ -45,11 +45,11 @@ impl Slot {
     fn table(&self) -> usize {
         self.at + CTL
     }
-    fn data_at(&self) -> usize {
-        self.table() + self.records * RECORD
-    }
     fn frame_at(&self) -> usize {
-        (self.data_at() + self.data).next_multiple_of(64)
+        (self.table() + self.records * RECORD).next_multiple_of(64)
+    }
+    fn data_at(&self) -> usize {
+        self.frame_at() + FRAME_LEN
     }
     fn size(records: usize, data: usize) -> usize {
         (CTL + records * RECORD + data + 64 + FRAME_LEN).next_multiple_of(PAGE)
@@ -255,6 +255,10 @@ impl Pilots {
         rest[8..16].copy_from_slice(&self.word.addr(WORD).to_le_bytes());
         rest[16..].copy_from_slice(&self.region.addr(INTERVAL).to_le_bytes());
         self.region.write(s.at + 24, &rest);
+        // The kernel has to find these pages: now, and not for every task within the freeze.
+        for page in [s.frame_at(), s.frame_at() + PAGE, s.data_at()] {
+            self.region.write(page, &[0]);
+        }
         self.slots[slot].seq = 0;
         self.region.addr(s.at)
     }
