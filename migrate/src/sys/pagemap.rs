@@ -708,7 +708,9 @@ mod tests {
                 }
             }
             for _ in 0..next(30) {
-                let (page, count) = (next(BLOCKS * 512 - 64), 1 + next(64));
+                // Now and then as much as has page tables of its own, which the kernel may take back.
+                let count = if next(20) == 0 { 1024 } else { 1 + next(64) };
+                let page = next(BLOCKS * 512 - count);
                 let at = start + page * PAGE;
                 match next(3) {
                     // MADV_GUARD_INSTALL, where there is such a thing.
