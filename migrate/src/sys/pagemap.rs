@@ -712,7 +712,9 @@ mod tests {
                 let count = if next(20) == 0 { 1024 } else { 1 + next(64) };
                 let page = next(BLOCKS * 512 - count);
                 let at = start + page * PAGE;
-                match next(3) {
+                match next(4) {
+                    // Out to swap, where there is any.
+                    3 => _ = advise(page, count, libc::MADV_PAGEOUT),
                     // MADV_GUARD_INSTALL, where there is such a thing.
                     0 if advise(page, count, 102) == 0 => guards.insert(at, at + count * PAGE),
                     1 if tracker.is_ok() => own.take_unarmed(at, at + count * PAGE, &mut Vec::new()).unwrap(),

@@ -689,6 +689,8 @@ mod tests {
                 let count = if next(30) == 0 { 1100 } else { 1 + next(63) };
                 advise(next(pages - count), count, libc::MADV_DONTNEED);
             }
+            // Out to swap, where there is any.
+            advise(next(pages - 200), 200, libc::MADV_PAGEOUT);
             // MADV_GUARD_INSTALL; a kernel that has none says so.
             advise(next(pages - 8), 1 + next(7), 102);
             // Runs that are sent in any case, long and short ones, some of pages that the destination has an older version of.
