@@ -133,15 +133,38 @@ impl Holder {
     }
 }
 
-/// The processes below and with a root: (pid, index of the parent, the parent's thread).
-pub fn discover(root: i32) -> io::Result<Vec<(i32, Option<usize>, i32)>> {
-    let mut found = vec![(root, None, 0)];
+/// A process of a tree that runs.
+#[derive(Debug)]
+pub struct Discovered {
+    /// Its id.
+    pub pid: i32,
+    /// Index of its parent among those discovered.
+    pub parent: Option<usize>,
+    /// The parent's thread that it is a child of; 0 for the root.
+    pub parent_tid: i32,
+    /// Its threads, ascending; none if it ended before it could be looked at.
+    pub tids: Vec<i32>,
+}
+
+/// The processes below and with a root, parents first.
+pub fn discover(root: i32) -> io::Result<Vec<Discovered>> {
+    let new = |pid, parent, parent_tid| Discovered {
+        pid,
+        parent,
+        parent_tid,
+        tids: Vec::new(),
+    };
+    let mut found = vec![new(root, None, 0)];
     let mut i = 0;
     while i < found.len() {
-        match procfs::children(found[i].0) {
-            Ok(c) => found.extend(c.into_iter().map(|(child, tid)| (child, Some(i), tid))),
+        match procfs::family(found[i].pid) {
+            Ok((tids, children)) => {
+                found[i].tids = tids;
+                found.extend(children.into_iter().map(|(child, tid)| new(child, Some(i), tid)));
+            }
             Err(e) if e.kind() == io::ErrorKind::Unsupported => return Err(e),
-            Err(_) if i > 0 => {} // gone between two reads; its zombie shows in the next pass or it was reaped
+            // Gone between two reads, most likely; its zombie shows in the next pass or it was reaped.
+            Err(_) if i > 0 => found[i].tids = procfs::tasks(found[i].pid).unwrap_or_default(),
             Err(e) => return Err(e),
         }
         i += 1;
@@ -173,7 +196,13 @@ impl Frozen {
         let mut patience = None;
         loop {
             let mut fresh: Vec<(usize, i32)> = Vec::new();
-            for (pid, parent, parent_tid) in discover(root).map_err(|_| FreezeError::Gone(root))? {
+            for Discovered {
+                pid,
+                parent,
+                parent_tid,
+                tids,
+            } in discover(root).map_err(|_| FreezeError::Gone(root))?
+            {
                 let Ok(st) = stat::read(pid) else {
                     if pid == root {
                         return Err(FreezeError::Gone(root));
@@ -199,7 +228,6 @@ impl Frozen {
                 };
                 f.procs[at].stat = st;
                 f.procs[at].parent_tid = parent_tid;
-                let tids = procfs::tasks(pid).unwrap_or_default();
                 for tid in tids {
                     if f.procs[at].tasks.iter().any(|t| t.tid == tid) || fresh.iter().any(|(_, t)| *t == tid) {
                         continue;

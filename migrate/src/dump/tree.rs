@@ -12,7 +12,7 @@ use crate::{
         timens,
     },
     sys::misc::{self, Shared},
-    tracer::{Frozen, Proc, Task, discover},
+    tracer::{Discovered, Frozen, Proc, Task, discover},
     vacate,
 };
 use std::{
@@ -83,7 +83,13 @@ fn look(root: i32, host: Host, cache: &mut mm::Cache, mode: fds::Mode) -> Result
     let mut procs = Vec::new();
     // Where each that was discovered is in the list; one that has ended since is not, nor is what is below it.
     let mut place: Vec<Option<usize>> = Vec::new();
-    for (pid, parent, parent_tid) in discover(root)? {
+    for Discovered {
+        pid,
+        parent,
+        parent_tid,
+        tids,
+    } in discover(root)?
+    {
         let parent = parent.map(|i| place[i]);
         let (Ok(stat), false) = (stat::read(pid), parent == Some(None)) else {
             place.push(None);
@@ -91,11 +97,7 @@ fn look(root: i32, host: Host, cache: &mut mm::Cache, mode: fds::Mode) -> Result
         };
         let parent = parent.flatten();
         place.push(Some(procs.len()));
-        let tids = if stat.state == b'Z' {
-            Vec::new()
-        } else {
-            procfs::tasks(pid).unwrap_or_default()
-        };
+        let tids = if stat.state == b'Z' { Vec::new() } else { tids };
         let mut tasks: Vec<Task> = tids
             .into_iter()
             .map(|tid| Task {

@@ -78,10 +78,11 @@ pub fn tasks(pid: i32) -> io::Result<Vec<i32>> {
     Ok(v)
 }
 
-/// Children of every thread of a process, with that thread (needs CONFIG_PROC_CHILDREN).
-pub fn children(pid: i32) -> io::Result<Vec<(i32, i32)>> {
+/// Threads of a process, ascending, and the children of each with that thread (needs CONFIG_PROC_CHILDREN).
+pub fn family(pid: i32) -> io::Result<(Vec<i32>, Vec<(i32, i32)>)> {
     let mut v = Vec::new();
-    for tid in tasks(pid)? {
+    let tids = tasks(pid)?;
+    for &tid in &tids {
         match std::fs::read(format!("/proc/{pid}/task/{tid}/children")) {
             Ok(b) => v.extend(
                 String::from_utf8_lossy(&b)
@@ -100,7 +101,7 @@ pub fn children(pid: i32) -> io::Result<Vec<(i32, i32)>> {
         }
     }
     v.sort_unstable();
-    Ok(v)
+    Ok((tids, v))
 }
 
 /// What a link such as /proc/PID/exe or /proc/PID/ns/net says.

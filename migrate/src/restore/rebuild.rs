@@ -420,7 +420,7 @@ impl Rebuild {
         }
         let find = || -> io::Result<HashMap<i32, i32>> {
             let mut map = HashMap::new();
-            for (pid, ..) in crate::tracer::discover(self.pids[0])? {
+            for crate::tracer::Discovered { pid, .. } in crate::tracer::discover(self.pids[0])? {
                 map.insert(status::read(pid)?.inner_pid(), pid);
             }
             Ok(map)

@@ -29,7 +29,7 @@ impl Fixed {
     pub fn new(counts: &Counts, rtt: Duration) -> Fixed {
         let (more, threads) = (f64::from(counts.processes.saturating_sub(1)), f64::from(counts.threads));
         Fixed {
-            alone: ms(1.7 + 0.2 * more + 0.04 * threads) + rtt,
+            alone: ms(1.4 + 0.35 * more + 0.09 * threads) + rtt,
             read: ms(0.6 + 0.1 * more + 0.01 * threads),
             scan: ms(0.2),
             shape: ms(0.3 + 0.1 * more + 0.01 * threads),
