@@ -158,7 +158,7 @@ pub fn discover(root: i32) -> io::Result<Vec<Discovered>> {
     let mut i = 0;
     while i < found.len() {
         match procfs::family(found[i].pid) {
-            Ok((tids, children)) => {
+            Ok(procfs::Family { tids, children }) => {
                 found[i].tids = tids;
                 found.extend(children.into_iter().map(|(child, tid)| new(child, Some(i), tid)));
             }

@@ -78,8 +78,17 @@ pub fn tasks(pid: i32) -> io::Result<Vec<i32>> {
     Ok(v)
 }
 
-/// Threads of a process, ascending, and the children of each with that thread (needs CONFIG_PROC_CHILDREN).
-pub fn family(pid: i32) -> io::Result<(Vec<i32>, Vec<(i32, i32)>)> {
+/// What a process has below it.
+#[derive(Debug)]
+pub struct Family {
+    /// Its threads, ascending.
+    pub tids: Vec<i32>,
+    /// The children of each, ascending: (child, thread).
+    pub children: Vec<(i32, i32)>,
+}
+
+/// Threads of a process and their children (needs CONFIG_PROC_CHILDREN).
+pub fn family(pid: i32) -> io::Result<Family> {
     let mut v = Vec::new();
     let tids = tasks(pid)?;
     for &tid in &tids {
@@ -101,7 +110,7 @@ pub fn family(pid: i32) -> io::Result<(Vec<i32>, Vec<(i32, i32)>)> {
         }
     }
     v.sort_unstable();
-    Ok((tids, v))
+    Ok(Family { tids, children: v })
 }
 
 /// What a link such as /proc/PID/exe or /proc/PID/ns/net says.
