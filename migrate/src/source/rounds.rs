@@ -109,13 +109,12 @@ impl Space {
 }
 
 /// Pages of a mapping that have to be missed when they vanish: those held, and those owed that were never delivered. Over a file such a page would else
-/// be read for the file's.
+/// be read for the file's. `owed`: those in the mapping.
 fn known<'a>(held: &'a PageSet, owed: &PageSet, v: &crate::image::Vma) -> Cow<'a, PageSet> {
-    let owed = owed.clip(v.start, v.end);
     if owed.is_empty() {
         Cow::Borrowed(held)
     } else {
-        Cow::Owned(held.clip(v.start, v.end).union(&owed))
+        Cow::Owned(held.clip(v.start, v.end).union(owed))
     }
 }
 
@@ -514,7 +513,7 @@ impl Rounds {
             let mut young = HashSet::new();
             for v in d.tree.mms[p.mm as usize].vmas.iter().filter(|v| track::has_private_pages(v)) {
                 private.insert(v.start, v.end);
-                match tracker.scan(v, &known(&s.held, &s.owed, v), false) {
+                match tracker.scan(v, &known(&s.held, &s.owed.clip(v.start, v.end), v), false) {
                     Ok(scan) => {
                         if scan.fresh {
                             s.void(v.start, v.end, &mut t.drops);
@@ -815,15 +814,16 @@ impl Tracks {
             let mm = names.spaces.iter().position(|n| *n == s.name).and_then(|m| tree.mms.get(m));
             let (Some(tracker), Some(mm)) = (&s.tracker, mm) else { continue };
             for v in mm.vmas.iter().filter(|v| track::has_private_pages(v)) {
-                let task = |(blocks, pagemap)| ahead::Task {
+                let owed = s.owed.clip(v.start, v.end);
+                let blocks = tracker.ahead(v, &known(&s.held, &owed, v));
+                tasks.extend(blocks.map(|(blocks, pagemap)| ahead::Task {
                     space: s.name,
                     start: v.start,
                     end: v.end,
                     blocks,
-                    owed: s.owed.clip(v.start, v.end),
+                    owed,
                     pagemap,
-                };
-                tasks.extend(tracker.ahead(v, &known(&s.held, &s.owed, v)).map(task));
+                }));
             }
         }
         Ahead::ready(tasks)
@@ -931,8 +931,9 @@ impl Space {
         let mut failed = None;
         for v in vmas.iter().filter(|v| track::has_private_pages(v)) {
             private.insert(v.start, v.end);
-            let known = known(&self.held, &self.owed, v);
-            let scan = match tracker.last(v, &known, &self.owed.clip(v.start, v.end), seen(v)) {
+            let owed = self.owed.clip(v.start, v.end);
+            let known = known(&self.held, &owed, v);
+            let scan = match tracker.last(v, &known, &owed, seen(v)) {
                 Ok(scan) => scan,
                 Err(e) => {
                     failed = Some(io::Error::other(e));

@@ -112,13 +112,8 @@ impl Pagemap {
 
     /// Ranges of `start..end` that are present or swapped out, and guards. The shared zero page counts as absent.
     pub fn populated(&self, start: u64, end: u64, out: &mut Vec<Range>) -> io::Result<()> {
-        match self.scan(start, end, GUARD, out) {
-            // Kernels before 6.15 do not know the guard category.
-            Err(e) if known_guard(&e) => match self.scan(start, end, 0, out) {
-                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.read_entries(start, end, out),
-                r => r,
-            },
-            Err(e) if e.raw_os_error() == Some(libc::ENOTTY) => self.read_entries(start, end, out),
+        match with_guards(|guard| self.scan(start, end, guard, out)) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => self.read_entries(start, end, out),
             r => r,
         }
     }
@@ -147,11 +142,7 @@ impl Pagemap {
                 }
             })
         };
-        match scan(GUARD) {
-            // Before 6.15; nothing has been told by then.
-            Err(e) if known_guard(&e) => scan(0)?,
-            r => r?,
-        }
+        with_guards(&mut scan)?;
         // Of what counts as swapped some are markers, which are nothing.
         for r in swapped {
             let mut content = vec![r];
@@ -254,7 +245,12 @@ impl Pagemap {
         Ok(())
     }
 
-    fn scan_into(&self, mut arg: ScanArg, mut take: impl FnMut(Region)) -> io::Result<()> {
+    fn scan_into(&self, arg: ScanArg, take: impl FnMut(Region)) -> io::Result<()> {
+        self.scan_some(arg, usize::MAX, take).map(drop)
+    }
+
+    /// As long as it is at most so many regions: up to where.
+    fn scan_some(&self, mut arg: ScanArg, most: usize, mut take: impl FnMut(Region)) -> io::Result<u64> {
         // A scan of a few pages is cheaper than clearing a long list for it.
         let (mut few, mut many);
         let vec: &mut [Region] = if arg.end - arg.start <= FEW as u64 * PAGE {
@@ -266,45 +262,42 @@ impl Pagemap {
         };
         arg.size = 96;
         arg.vec = vec.as_mut_ptr() as u64;
-        arg.vec_len = vec.len() as u64;
         let end = arg.end;
-        while arg.start < end {
+        let mut left = most;
+        while arg.start < end && left > 0 {
             arg.end = end.min(arg.start.saturating_add(STRETCH));
+            arg.vec_len = vec.len().min(left) as u64;
             // SAFETY: `arg` and the vector it names outlive the call; the kernel writes at most vec_len regions.
-            let n = super::check(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } as i64)?;
-            vec[..n as usize].iter().for_each(|r| take(*r));
+            let n = super::check(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } as i64)? as usize;
+            vec[..n].iter().for_each(|r| take(*r));
+            left -= n;
             if arg.walk_end <= arg.start {
                 break;
             }
             arg.start = arg.walk_end;
         }
-        Ok(())
+        Ok(arg.start)
     }
 
     /// Pages of `start..end` that were written since they were last armed, populated ones only; arms them again. Every page of the range
     /// has to be registered with an asynchronous userfaultfd: else EPERM, and what was armed before the error is lost. Which are a file's only if `files`: for that the
     /// kernel looks at the pages themselves, twice as long as at their entries.
     pub fn take_written(&self, start: u64, end: u64, files: bool, out: &mut Vec<Range>) -> io::Result<()> {
-        let scan = |known: u64| {
+        let scan = |guard: u64| {
             let arg = ScanArg {
                 flags: WP_MATCHING | CHECK_WPASYNC,
                 start,
                 end,
                 category_mask: WRITTEN,
                 category_anyof_mask: PRESENT | SWAPPED,
-                return_mask: known | if files { FILE } else { WRITTEN },
+                return_mask: guard | if files { FILE } else { WRITTEN },
                 ..Default::default()
             };
             let mut found = Vec::new();
             self.scan_into(arg, |r| found.push(r.range()))?;
             Ok(found)
         };
-        // Kernels before 6.15 do not know the guard category, and have no guard regions before 6.13.
-        let found: Vec<Range> = match scan(GUARD) {
-            Err(e) if known_guard(&e) => scan(0)?,
-            r => r?,
-        };
-        out.extend(found);
+        out.extend(with_guards(scan)?);
         Ok(())
     }
 
@@ -336,53 +329,28 @@ impl Pagemap {
                 own.push(r.range());
             })
         };
-        match scan(GUARD) {
-            Err(e) if known_guard(&e) => scan(0)?,
-            r => r?,
-        }
+        with_guards(&mut scan)?;
         if doubtful { self.without_markers(start, own) } else { Ok(()) }
     }
 
     /// Everything of `start..end` that is not armed: pages written since, and holes. The fast way of the kernel (0.3 to 0.6 ms a GiB); arms
     /// nothing. EPERM as for [`Pagemap::take_written`].
     pub fn unarmed(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
-        self.scan_unarmed(start, end, CHECK_WPASYNC, out)
+        self.scan_unarmed(start, end, CHECK_WPASYNC, usize::MAX, out).map(drop)
     }
 
-    /// The same, as long as it is at most so many places (64 at most): up to where.
+    /// The same, as long as it is at most so many places: up to where.
     pub fn unarmed_places(&self, start: u64, end: u64, places: usize, out: &mut Vec<(u64, u64)>) -> io::Result<u64> {
-        let mut regions = [Region::default(); 64];
-        let mut arg = ScanArg {
-            size: 96,
-            flags: CHECK_WPASYNC,
-            start,
-            vec: regions.as_mut_ptr() as u64,
-            category_mask: WRITTEN,
-            return_mask: WRITTEN,
-            ..Default::default()
-        };
-        let mut left = places.min(regions.len());
-        while arg.start < end && left > 0 {
-            arg.end = end.min(arg.start.saturating_add(STRETCH));
-            arg.vec_len = left as u64;
-            // SAFETY: `arg` and the vector it names outlive the call; the kernel writes at most vec_len regions.
-            let n = super::check(unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) } as i64)? as usize;
-            out.extend(regions[..n].iter().map(|r| (r.start, r.end)));
-            left -= n;
-            if arg.walk_end <= arg.start {
-                break;
-            }
-            arg.start = arg.walk_end;
-        }
-        Ok(arg.start)
+        self.scan_unarmed(start, end, CHECK_WPASYNC, places, out)
     }
 
     /// The same as [`Pagemap::unarmed`], and arms it all, holes too: their page tables then take 2 MiB for a GiB of mapping.
     pub fn take_unarmed(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
-        self.scan_unarmed(start, end, WP_MATCHING | CHECK_WPASYNC, out)
+        self.scan_unarmed(start, end, WP_MATCHING | CHECK_WPASYNC, usize::MAX, out)
+            .map(drop)
     }
 
-    fn scan_unarmed(&self, start: u64, end: u64, flags: u64, out: &mut Vec<(u64, u64)>) -> io::Result<()> {
+    fn scan_unarmed(&self, start: u64, end: u64, flags: u64, most: usize, out: &mut Vec<(u64, u64)>) -> io::Result<u64> {
         let arg = ScanArg {
             flags,
             start,
@@ -391,7 +359,7 @@ impl Pagemap {
             return_mask: WRITTEN,
             ..Default::default()
         };
-        self.scan_into(arg, |r| out.push((r.start, r.end)))
+        self.scan_some(arg, most, |r| out.push((r.start, r.end)))
     }
 
     /// Pages of `start..end` that are there and armed: nobody has written them since.
@@ -628,8 +596,13 @@ impl Drop for Untouched {
     }
 }
 
-fn known_guard(e: &io::Error) -> bool {
-    e.raw_os_error() == Some(libc::EINVAL)
+/// Asks with the guard category where the kernel knows it, since 6.15, or else without; there are no guard regions before 6.13. A kernel that does not know it has
+/// told nothing by then.
+fn with_guards<T>(mut scan: impl FnMut(u64) -> io::Result<T>) -> io::Result<T> {
+    match scan(GUARD) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => scan(0),
+        r => r,
+    }
 }
 
 /// Clears the soft-dirty bits of a process: `4` to /proc/PID/clear_refs.
@@ -679,18 +652,11 @@ mod tests {
         };
         advise(0, 4 * 512, libc::MADV_NOHUGEPAGE);
         advise(4 * 512, 2 * 512, libc::MADV_HUGEPAGE);
-        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
-        // SAFETY: no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
-        let tracker = uffd::Userfault::take(std::process::id() as i32, fd).and_then(|u| u.register(start, end).map(|()| u));
-        // SAFETY: `take` has made one of its own.
-        unsafe { libc::close(fd) };
+        let tracker = uffd::create()
+            .and_then(|fd| uffd::Userfault::take(std::process::id() as i32, fd.as_raw_fd()))
+            .and_then(|u| u.register(start, end).map(|()| u));
         let (mut absent, mut kinds) = (Vec::new(), [0; 3]);
-        let mut random = 54321u64;
-        let mut next = |below: u64| {
-            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (random >> 33) % below
-        };
+        let mut next = crate::sys::numbers(54321);
         // Which pages are guards: writing one would end this process.
         let mut guards = PageSet::new();
         for turn in 0..40 {

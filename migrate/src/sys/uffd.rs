@@ -31,7 +31,7 @@ const _: () = assert!(size_of::<Api>() == 24);
 const UFFDIO_API: u64 = 3 << 30 | 24 << 16 | 0xaa << 8 | 0x3f;
 
 /// A userfaultfd of this process, nothing agreed on yet.
-fn create() -> io::Result<OwnedFd> {
+pub(crate) fn create() -> io::Result<OwnedFd> {
     // SAFETY: no pointers.
     let fd = super::check(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) })?;
     // SAFETY: a fresh descriptor that nobody else owns.

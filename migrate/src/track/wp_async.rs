@@ -156,10 +156,7 @@ impl WpAsync {
                 r => r.map_err(changed)?,
             }
         }
-        match self.take_written(vma, held, &mut found) {
-            Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Err(TrackError::Untracked),
-            r => r.map_err(changed)?,
-        }
+        tracked(self.take_written(vma, held, &mut found))?;
         if void {
             // Armed by now, all of it: what is there has to be sent, whenever it was written.
             self.void.remove(vma.start, vma.end);
@@ -338,24 +335,20 @@ impl WpAsync {
 /// Of a part of a mapping without a file, in a process that stands still: what is not armed, and what that is. Where that is many places, long runs of pages that are
 /// owed count as if they were not armed, unasked.
 pub(super) fn unarmed(pagemap: &Pagemap, start: u64, end: u64, owed: &PageSet) -> Result<Seen, TrackError> {
-    let looked = |r: io::Result<u64>| match r {
-        Err(e) if e.raw_os_error() == Some(libc::EPERM) => Err(TrackError::Untracked),
-        r => r.map_err(changed),
-    };
     let mut open = Vec::new();
     let mut at = start;
     let owed = owed.clip(start, end);
     let long = |r: &(u64, u64)| r.1 - r.0 >= OWED;
     if owed.ranges().iter().any(long) {
-        at = looked(pagemap.unarmed_places(start, end, PLACES, &mut open))?;
+        at = tracked(pagemap.unarmed_places(start, end, PLACES, &mut open))?;
         let owed = owed.clip(at, end);
         for (a, b) in owed.ranges().iter().copied().filter(long) {
-            looked(pagemap.unarmed(at, a, &mut open).map(|()| a))?;
+            tracked(pagemap.unarmed(at, a, &mut open))?;
             open.push((a, b));
             at = b;
         }
     }
-    looked(pagemap.unarmed(at, end, &mut open).map(|()| end))?;
+    tracked(pagemap.unarmed(at, end, &mut open))?;
     let open = PageSet::from_ranges(open);
     let (absent, guards) = content(pagemap, &open)?;
     Ok(Seen {
@@ -419,6 +412,14 @@ fn is_dense(written: impl ExactSizeIterator<Item = (u64, u64)>) -> bool {
 fn near(ranges: &[(u64, u64)]) -> impl Iterator<Item = (u64, u64)> {
     let groups = ranges.chunk_by(|l, r| r.0 - l.1 <= NEAR);
     groups.filter_map(|g| Some((g.first()?.0, g.last()?.1)))
+}
+
+/// A look at a mapping that has to be registered.
+fn tracked<T>(look: io::Result<T>) -> Result<T, TrackError> {
+    look.map_err(|e| match e.raw_os_error() {
+        Some(libc::EPERM) => TrackError::Untracked,
+        _ => changed(e),
+    })
 }
 
 /// What an error of a look means.
@@ -504,6 +505,12 @@ mod tests {
         }
     }
 
+    /// A tracker of this process.
+    fn own() -> WpAsync {
+        let fd = uffd::create().unwrap();
+        WpAsync::new(std::process::id() as i32, std::os::fd::AsRawFd::as_raw_fd(&fd)).unwrap()
+    }
+
     /// A tracked mapping moves beside another, the two become one, and the kernel forgets that either was tracked, but not which pages were armed. What is
     /// written before they are tracked again, and after that, must show.
     #[test]
@@ -538,13 +545,7 @@ mod tests {
         let (start, middle, end) = (low as u64, high as u64, high as u64 + HALF as u64);
         let away = (aside as u64, aside as u64 + HALF as u64);
 
-        let me = std::process::id() as i32;
-        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
-        // SAFETY: no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
-        let mut tracker = WpAsync::new(me, fd).unwrap();
-        // SAFETY: the tracker has a descriptor of its own.
-        unsafe { libc::close(fd) };
+        let mut tracker = own();
         let mut held = PageSet::new();
         let look = |tracker: &mut WpAsync, v: &Vma, held: &PageSet| tracker.scan(v, held, false).map(|s| s.dirty.pages());
         tracker.adopt(&[(start, end)]);
@@ -595,21 +596,12 @@ mod tests {
         // SAFETY: that mapping.
         unsafe { libc::madvise(at, LEN, libc::MADV_NOHUGEPAGE) };
         let (start, pages, stretch) = (at as u64, LEN as u64 / PAGE, STRETCH / PAGE);
-        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
-        // SAFETY: no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
-        let mut tracker = WpAsync::new(std::process::id() as i32, fd).unwrap();
-        // SAFETY: the tracker has a descriptor of its own.
-        unsafe { libc::close(fd) };
+        let mut tracker = own();
         let v = vma(start, start + LEN as u64);
         tracker.adopt(&[(v.start, v.end)]);
         let mut held = tracker.scan(&v, &PageSet::new(), false).unwrap().dirty;
         assert!(held.is_empty());
-        let mut random = 777u64;
-        let mut next = |below: u64| {
-            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (random >> 33) % below
-        };
+        let mut next = crate::sys::numbers(777);
         for turn in 0..40 {
             let mut written = PageSet::new();
             for k in 0..STRETCHES {
@@ -663,23 +655,14 @@ mod tests {
             // SAFETY: inside the mapping.
             unsafe { libc::madvise(at.byte_add((page * PAGE) as usize), (count * PAGE) as usize, advice) }
         };
-        let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | uffd::USER_MODE_ONLY;
-        // SAFETY: no pointers.
-        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
-        let mut tracker = WpAsync::new(std::process::id() as i32, fd).unwrap();
-        // SAFETY: the tracker has a descriptor of its own.
-        unsafe { libc::close(fd) };
+        let mut tracker = own();
         let v = vma(start, start + LEN as u64);
         // Most of it has content; a tail that the destination holds nothing of has not.
         (0..pages - 1024).for_each(write);
         tracker.adopt(&[(v.start, v.end)]);
         let mut held = tracker.scan(&v, &PageSet::new(), false).unwrap().dirty;
         assert_eq!(held.pages(), pages - 1024);
-        let mut random = 12345u64;
-        let mut next = |below: u64| {
-            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (random >> 33) % below
-        };
+        let mut next = crate::sys::numbers(12345);
         for turn in 0..30u64 {
             for _ in 0..next(3000) {
                 write(next(pages));
